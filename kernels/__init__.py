@@ -1,0 +1,157 @@
+"""The operations of a Llama-2 step, on tensors. This package knows no model, no sequence and no HTTP.
+
+Every operation has a plain-torch twin of the same signature in `reference`. This file is the one place where an
+operation picks its implementation, by the device of its tensors.
+
+`batch_invariant=True` promises that the bits of a row depend on that row's own tokens only: not on the other rows, not
+on how many there are, not on how a sequence was cut into chunks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.attention_plan import AttentionPlan, plan_cpu
+from kernels.linear_weight import LinearWeight, pack_weight
+
+__all__ = [
+    "AttentionPlan",
+    "LinearWeight",
+    "adjust_logits",
+    "linear",
+    "pack_weight",
+    "paged_attention",
+    "plan_attention",
+    "rms_norm",
+    "rope_table",
+    "rope_write",
+    "sample",
+    "swiglu",
+    "token_logprobs",
+    "uniform",
+]
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, batch_invariant: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Root-mean-square norm (arXiv 1910.07467) of x, or of x + residual, over the last dimension.
+
+    x, residual: [rows, dim] fp32, bf16 or fp16. weight: [dim]. Statistics in fp32, after rounding the sum to x's dtype.
+    Returns (normed, sum), both [rows, dim] of x's dtype; without a residual the sum is x itself.
+    """
+    return reference.rms_norm(x, weight, eps, residual, batch_invariant=batch_invariant)
+
+
+def linear(x: Tensor, weight: LinearWeight, *, batch_invariant: bool = False) -> Tensor:
+    """x @ weight.T, summed in fp32. x: [rows, k]; returns [rows, n] of x's dtype."""
+    return reference.linear(x, weight, batch_invariant=batch_invariant)
+
+
+def swiglu(gate_up: Tensor, *, batch_invariant: bool = False) -> Tensor:
+    """silu(gate) * up (arXiv 2002.05202). gate_up: [rows, 2 * ffn], gate first. Returns [rows, ffn]."""
+    return reference.swiglu(gate_up, batch_invariant=batch_invariant)
+
+
+def rope_table(head_dim: int, max_seq_len: int, theta: float, position_scale: float, device: torch.device) -> Tensor:
+    """cos and sin of every position's angles (RoFormer, arXiv 2104.09864), half-split layout.
+
+    position_scale: positions are divided by it (linear RoPE scaling; 1.0 = none).
+    Returns [max_seq_len, head_dim] fp32: cos in the first half of a row, sin in the second.
+    """
+    return reference.rope_table(head_dim, max_seq_len, theta, position_scale, device)
+
+
+def rope_write(
+    qkv: Tensor, cos_sin: Tensor, positions: Tensor, kv_index: Tensor, k_cache: Tensor, v_cache: Tensor, n_heads: int
+) -> Tensor:
+    """Rotate q and k to their positions and write k and v into their rows of the cache.
+
+    qkv: [rows, (n_heads + 2 * n_kv_heads) * head_dim], q then k then v. cos_sin: from `rope_table`.
+    positions: [rows] int64. kv_index: [rows] int64, flat cache row = block * block_size + offset, all different.
+    k_cache, v_cache: [num_blocks, block_size, n_kv_heads, head_dim], written in place.
+    Returns q rotated, [rows, n_heads, head_dim].
+    """
+    return reference.rope_write(qkv, cos_sin, positions, kv_index, k_cache, v_cache, n_heads)
+
+
+def plan_attention(
+    cu_seqlens_q: np.ndarray,
+    seqlens_k: np.ndarray,
+    block_tables: np.ndarray,
+    block_size: int,
+    device: torch.device,
+    *,
+    batch_invariant: bool = False,
+) -> AttentionPlan:
+    """Lay out one step for `paged_attention`; built once, read by every layer.
+
+    cu_seqlens_q: [n_seqs + 1] int32. seqlens_k: [n_seqs] int32 >= 1. block_tables: [n_seqs, width] int32.
+    All on the host.
+    """
+    cpu = None
+    if device.type == "cpu":
+        cpu = plan_cpu(cu_seqlens_q, seqlens_k, block_tables, block_size, batch_invariant)
+    return AttentionPlan(
+        torch.from_numpy(cu_seqlens_q).to(device),
+        torch.from_numpy(seqlens_k).to(device),
+        torch.from_numpy(block_tables).to(device),
+        int(np.diff(cu_seqlens_q).max()),
+        int(seqlens_k.max()),
+        cpu,
+    )
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float, *, batch_invariant: bool = False
+) -> Tensor:
+    """Causal attention of any mix of prefill chunks and single tokens over the paged cache.
+
+    q: [rows, n_heads, head_dim], rotated; the rows of a sequence are its last positions. k_cache, v_cache:
+    [num_blocks, block_size, n_kv_heads, head_dim]; n_heads a multiple of n_kv_heads. scale: usually head_dim ** -0.5.
+    Returns [rows, n_heads, head_dim] of q's dtype. Cache rows past the end of a sequence are never read into a result.
+    """
+    return reference.paged_attention(q, k_cache, v_cache, plan, scale, batch_invariant=batch_invariant)
+
+
+def adjust_logits(
+    logits: Tensor, rows: Tensor, token_ids: Tensor, bias: Tensor, repetition: Tensor, subtract: Tensor
+) -> None:
+    """Biases and penalties on single logits, in place: x + bias, then / or * repetition by sign, then - subtract.
+
+    logits: [rows, vocab] fp32. The others: [entries], one per touched logit, each (row, token) at most once: rows and
+    token_ids int64, bias (-inf bans), repetition (CTRL, arXiv 1909.05858; 1 = none) and subtract fp32.
+    """
+    reference.adjust_logits(logits, rows, token_ids, bias, repetition, subtract)
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, n_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-softmax of the given tokens and of the n_top best ones (by logprob, then id).
+
+    logits: [rows, vocab] fp32. token_ids: [rows] int64. Returns [rows] fp32, [rows, n_top] int64, [rows, n_top] fp32.
+    """
+    return reference.token_logprobs(logits, token_ids, n_top)
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """Random numbers in [0, 1) as a function of (seed, position) alone: Philox4x32-10 (Salmon et al., SC 2011).
+
+    The 64-bit seed is the key, the position the counter. seeds, positions: [rows] int64. Returns [rows] fp32.
+    """
+    return reference.uniform(seeds, positions)
+
+
+def sample(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor
+) -> Tensor:
+    """One token per row by inverse transform over the filtered distribution, tokens taken in order of their ids.
+
+    logits: [rows, vocab] fp32. temperature: [rows] fp32, 0 = greedy (lowest id among equals). top_k: [rows] int64,
+    <= 0 = off. top_p: [rows] fp32, over what top_k left; the token that crosses it stays, as do tokens tied with it.
+    min_p: [rows] fp32, relative to the best token. uniforms: [rows] fp32 in [0, 1).
+    Returns [rows] int64; -1 for a row whose best logit is not finite.
+    """
+    return reference.sample(logits, temperature, top_k, top_p, min_p, uniforms)

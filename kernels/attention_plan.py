@@ -1,0 +1,139 @@
+"""`AttentionPlan`: where each sequence's queries lie in the batch and where its keys lie in the cache, for one step.
+
+It is built once per step and read by every layer. The tensors serve the CUDA kernels; `cpu` holds what the plain-torch
+twin can work out once instead of once per layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# The twin's tiles in batch-invariant mode: rows of a query tile and keys of a key tile, both counted from position 0.
+TILE_ROWS = 16
+TILE_KEYS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpan:
+    """One sequence of the batch on the CPU. Blocks that lie side by side are read in place, others are gathered."""
+
+    row: int  # first query row in the batch
+    n_queries: int
+    n_keys: int
+    blocks: Tensor  # [blocks in use] int64
+    first_block: int  # -1: the blocks are scattered
+    bias: Tensor | None  # [n_queries, n_keys] bool, True = visible; None: no mask, or causal from position 0
+
+
+@dataclass(frozen=True, slots=True)
+class QueryTiles:
+    """Query tiles of the batch-invariant twin, longest first.
+
+    rows: [n_tiles, TILE_ROWS] int64, the batch row of each tile row, or the batch's row count for padding.
+    positions: [n_tiles, TILE_ROWS] int64, -1 for padding.
+    keys: [n_tiles, whole key tiles * TILE_KEYS] int64, flat cache rows; 0 past the end of a sequence.
+    n_key_tiles: for each tile, how many key tiles hold a visible key (descending).
+    back: [n_rows] int64, the flat tile row that computed each batch row.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    keys: Tensor
+    n_key_tiles: list[int]
+    back: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CpuPlan:
+    """What the plain-torch `paged_attention` needs: spans for the fast path, tiles for the batch-invariant one."""
+
+    spans: list[SequenceSpan]
+    gather: Tensor | None  # [n_seqs * max_seqlen_k] int64: flat cache rows of an all-decode batch; 0 past an end
+    gather_mask: Tensor | None  # [n_seqs, 1, 1, max_seqlen_k] bool, True = visible
+    tiles: QueryTiles | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """Layout of one step's batch.
+
+    cu_seqlens_q: [n_seqs + 1] int32, running sum of the query rows per sequence.
+    seqlens_k: [n_seqs] int32, keys per sequence, this step's included; 0 marks a padding row of a captured graph.
+    block_tables: [n_seqs, width] int32, cache blocks per sequence, 0 past the end.
+    max_seqlen_q, max_seqlen_k: the largest of each, on the host.
+    cpu: only for CPU tensors.
+    """
+
+    cu_seqlens_q: Tensor
+    seqlens_k: Tensor
+    block_tables: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    cpu: CpuPlan | None = None
+
+
+def plan_cpu(
+    cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray, tables: np.ndarray, block_size: int, batch_invariant: bool
+) -> CpuPlan:
+    """The host side of a plan. Arguments as in `AttentionPlan`, as numpy arrays."""
+    if batch_invariant:
+        return CpuPlan([], None, None, _tiles(cu_seqlens_q, seqlens_k, tables, block_size))
+    n_queries = np.diff(cu_seqlens_q)
+    gather: Tensor | None = None
+    mask: Tensor | None = None
+    if len(n_queries) > 1 and n_queries.max() == 1:
+        at = np.arange(int(seqlens_k.max()))
+        visible = at[None, :] < seqlens_k[:, None]
+        # Row by row, not block by block: what lies past an end may be another sequence's NaN, and 0 * NaN is NaN.
+        rows = np.where(visible, tables[:, at // block_size].astype(np.int64) * block_size + at % block_size, 0)
+        gather, mask = torch.from_numpy(rows.reshape(-1)), torch.from_numpy(visible)[:, None, None, :]
+    spans = [
+        _span(int(row), int(n), int(k), table, block_size)
+        for row, n, k, table in zip(cu_seqlens_q[:-1], n_queries, seqlens_k, tables, strict=True)
+    ]
+    return CpuPlan(spans, gather, mask, None)
+
+
+def _span(row: int, n_queries: int, n_keys: int, table: np.ndarray, block_size: int) -> SequenceSpan:
+    blocks = table[: -(-n_keys // block_size)].astype(np.int64)
+    side_by_side = bool((np.diff(blocks) == 1).all())
+    bias = None
+    if 1 < n_queries < n_keys:
+        positions = np.arange(n_keys - n_queries, n_keys)
+        bias = torch.from_numpy(np.arange(n_keys)[None, :] <= positions[:, None])
+    return SequenceSpan(row, n_queries, n_keys, torch.from_numpy(blocks), int(blocks[0]) if side_by_side else -1, bias)
+
+
+def _tiles(cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray, tables: np.ndarray, block_size: int) -> QueryTiles:
+    n_rows = int(cu_seqlens_q[-1])
+    made: list[tuple[int, int, np.ndarray, np.ndarray]] = []  # (key tiles, sequence, rows, positions)
+    for s, (row, n_keys) in enumerate(zip(cu_seqlens_q[:-1].tolist(), seqlens_k.tolist(), strict=True)):
+        n = int(cu_seqlens_q[s + 1]) - row
+        first = n_keys - n
+        # Row tiles at absolute multiples of TILE_ROWS: a row sits in the same place of its tile however it is chunked.
+        for start in range(first - first % TILE_ROWS, n_keys, TILE_ROWS):
+            positions = np.arange(start, start + TILE_ROWS)
+            inside = (positions >= first) & (positions < n_keys)
+            rows = np.where(inside, positions - first + row, n_rows)
+            last = min(start + TILE_ROWS, n_keys) - 1
+            made.append((last // TILE_KEYS + 1, s, rows, np.where(inside, positions, -1)))
+    made.sort(key=lambda tile: -tile[0])
+    rows = np.stack([tile[2] for tile in made])
+    back = np.empty(n_rows + 1, np.int64)
+    back[rows.reshape(-1)] = np.arange(rows.size)
+    at = np.arange(made[0][0] * TILE_KEYS)
+    keys = np.zeros((len(made), len(at)), np.int64)
+    for i, (_, s, _, _) in enumerate(made):
+        seen = at[: min(int(seqlens_k[s]), len(at))]
+        keys[i, : len(seen)] = tables[s, seen // block_size].astype(np.int64) * block_size + seen % block_size
+    return QueryTiles(
+        torch.from_numpy(rows),
+        torch.from_numpy(np.stack([tile[3] for tile in made])),
+        torch.from_numpy(keys),
+        [tile[0] for tile in made],
+        torch.from_numpy(back[:n_rows].copy()),
+    )

@@ -1,0 +1,49 @@
+"""`LinearWeight`: one matrix of the model, laid out the way its device multiplies fastest.
+
+On CUDA it is the row-major [n, k] tensor itself. On x86 CPUs, oneDNN keeps its own blocked copy and the row-major one
+is dropped, so a weight is held in memory once. Measured on two cores with AVX-512 (768 to 32,000 columns): blocked
+bf16 is 1.4-1.8x faster than `F.linear` at 1 to 256 rows; blocked fp32 1.3-2.5x at 8 to 64 rows, as fast at one row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Below this many bytes the call overhead of the blocked form (12 us) costs more than its layout saves.
+_PACK_BYTES = 1 << 20
+# The row count that oneDNN lays the weight out for; the layout for 16 rows also serves 1 and 256 within a few per cent.
+_PACK_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeight:
+    """A weight for `linear`.
+
+    data: [n, k] row-major, or an opaque oneDNN tensor when `blocked`.
+    """
+
+    data: Tensor
+    n: int
+    k: int
+    blocked: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.n * self.k * self.data.dtype.itemsize
+
+
+def pack_weight(weight: Tensor) -> LinearWeight:
+    """Lay out weight [n, k] (fp32, bf16 or fp16) for `linear` on its own device. The caller drops its own reference."""
+    n, k = weight.shape
+    blocked = (
+        weight.device.type == "cpu"
+        and weight.numel() * weight.dtype.itemsize >= _PACK_BYTES
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    )
+    if blocked:
+        return LinearWeight(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_ROWS), n, k, True)
+    return LinearWeight(weight.contiguous(), n, k, False)
