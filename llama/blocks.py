@@ -1,0 +1,145 @@
+"""`BlockPool`: which blocks of the KV cache are whose. Plain Python; it never sees the cache itself.
+
+Every block is in one of three states:
+- held: ref count >= 1, in that many block tables;
+- idle: no owner, but its tokens are known and a prompt with the same start may still find it; oldest goes first;
+- blank: no owner, content unknown.
+Block 0 is the pad block: padded rows point at it, nobody is ever given it, and it stays zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+PAD_BLOCK = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CachedBlock:
+    """What a full block holds: its key (a hash chained over every token before it) and its own tokens, to be sure."""
+
+    key: bytes
+    tokens: tuple[int, ...]
+
+
+def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The key of a full block: SHA-256 over its parent's key and its own tokens. The first parent is `root_key`."""
+    return hashlib.sha256(parent + array("i", tokens).tobytes()).digest()
+
+
+def root_key(salt: str) -> bytes:
+    return hashlib.sha256(salt.encode("utf-8", "surrogatepass")).digest()
+
+
+class BlockPool:
+    """num_blocks blocks of block_size tokens each, the pad block among them."""
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool = True) -> None:
+        self.num_blocks, self.block_size, self.prefix_cache = num_blocks, block_size, prefix_cache
+        self._refs = [0] * num_blocks
+        self._blank = dict.fromkeys(range(num_blocks - 1, PAD_BLOCK, -1))  # taken from the end: low numbers first
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._cached: dict[int, CachedBlock] = {}
+        self._by_key: dict[bytes, int] = {}
+
+    @property
+    def n_usable(self) -> int:
+        return self.num_blocks - 1
+
+    @property
+    def n_free(self) -> int:
+        return len(self._blank) + len(self._idle)
+
+    def blocks_for(self, n_tokens: int) -> int:
+        return -(-n_tokens // self.block_size)
+
+    def allocate(self, after: int = PAD_BLOCK) -> int:
+        """A block for a new owner, the one behind `after` if it is blank (neighbours can be read without a copy).
+
+        The caller makes sure that n_free is not 0. An idle block taken is forgotten by the prefix cache.
+        """
+        if self._blank:
+            block = after + 1
+            if after != PAD_BLOCK and block in self._blank:
+                del self._blank[block]
+            else:
+                block, _ = self._blank.popitem()
+        else:
+            block, _ = self._idle.popitem(last=False)
+            del self._by_key[self._cached.pop(block).key]
+        self._refs[block] = 1
+        return block
+
+    def release(self, table: Iterable[int]) -> None:
+        """Give back one owner's hold on each block of a table, the last block first, so that it is evicted first."""
+        for block in reversed(list(table)):
+            if self._refs[block] < 1:
+                raise RuntimeError(f"block {block} released without an owner")
+            self._refs[block] -= 1
+            if self._refs[block]:
+                continue
+            if block in self._cached:
+                self._idle[block] = None
+            else:
+                self._blank[block] = None
+
+    def publish(self, block: int, key: bytes, tokens: tuple[int, ...]) -> None:
+        """A held block is full and computed: let later prompts find it. A second one of equal content stays private."""
+        if self.prefix_cache and key not in self._by_key:
+            self._by_key[key] = block
+            self._cached[block] = CachedBlock(key, tokens)
+
+    def find(self, tokens: Sequence[int], salt_key: bytes) -> tuple[list[int], list[bytes]]:
+        """Take hold of the longest run of cached blocks that a prompt starts with; its last token is never covered.
+
+        Returns (blocks, their keys). The tokens are compared as well: a hash that collides is no hit.
+        """
+        blocks: list[int] = []
+        keys: list[bytes] = []
+        if not self.prefix_cache:
+            return blocks, keys
+        key, size = salt_key, self.block_size
+        for start in range(0, (len(tokens) - 1) // size * size, size):
+            own = tuple(tokens[start : start + size])
+            key = block_key(key, own)
+            block = self._by_key.get(key)
+            if block is None or self._cached[block].tokens != own:
+                break
+            if not self._refs[block]:
+                del self._idle[block]
+            self._refs[block] += 1
+            blocks.append(block)
+            keys.append(key)
+        return blocks, keys
+
+    def forget(self) -> None:
+        """Drop every cached prefix."""
+        self._blank.update(dict.fromkeys(self._idle))
+        self._idle.clear()
+        self._cached.clear()
+        self._by_key.clear()
+
+    def check(self, tables: Iterable[Sequence[int]]) -> None:
+        """Audit the pool against all block tables in use. Raises RuntimeError, naming the block, on the first fault."""
+        held = Counter(block for table in tables for block in table)
+        for block, refs in enumerate(self._refs):
+            if held[block] != refs:
+                raise RuntimeError(f"block {block}: {held[block]} tables hold it, ref count is {refs}")
+            places = (refs > 0) + (block in self._blank) + (block in self._idle)
+            if places != (block != PAD_BLOCK):
+                raise RuntimeError(f"block {block}: in {places} of the states held, idle and blank")
+            if block in self._idle and block not in self._cached:
+                raise RuntimeError(f"block {block}: idle, but its tokens are not known")
+            if block in self._blank and block in self._cached:
+                raise RuntimeError(f"block {block}: blank, but a prompt could still find it")
+        if held[PAD_BLOCK]:
+            raise RuntimeError("the pad block is in a block table")
+        if len(self._by_key) != len(self._cached):
+            raise RuntimeError(f"{len(self._by_key)} keys for {len(self._cached)} cached blocks")
+        for key, block in self._by_key.items():
+            if self._cached[block].key != key:
+                raise RuntimeError(f"block {block}: found under a key that is not its own")

@@ -1,0 +1,149 @@
+"""`SamplingParams` and `Request`: what a caller asks for, checked whole before anything is queued or allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from llama.config import Limits
+from llama.errors import ContextLengthExceeded, InvalidRequest
+
+# Below this a temperature is greedy: dividing by it would only turn rounding noise into choices.
+GREEDY_BELOW = 1e-4
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when a sequence ends. Raises InvalidRequest, naming the field, for a bad value.
+
+    max_tokens: None = the rest of the context. temperature: 0 (or below 1e-4) = greedy. top_k: -1 = off. top_p, min_p:
+    0 to 1. presence_penalty, frequency_penalty: -2 to 2, on generated tokens. repetition_penalty: above 0 to 10, on
+    prompt and generated tokens. logit_bias: token id -> -100 to 100. seed: None = a fresh one; choices of one request
+    differ in any case. stop: strings that end the text before them. stop_token_ids, ignore_eos, min_tokens: what else
+    ends a sequence, and from when. logprobs: None, or how many of the best tokens to report beside the chosen one.
+    prompt_logprobs: the same for the prompt's tokens.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _number("temperature", self.temperature, 0, 2)
+        _number("top_p", self.top_p, 0, 1)
+        _number("min_p", self.min_p, 0, 1)
+        _number("presence_penalty", self.presence_penalty, -2, 2)
+        _number("frequency_penalty", self.frequency_penalty, -2, 2)
+        _number("repetition_penalty", self.repetition_penalty, 0, 10)
+        if self.repetition_penalty == 0:
+            raise InvalidRequest("repetition_penalty", self.repetition_penalty, "must be above 0")
+        _integer("top_k", self.top_k, -1, 1 << 31)
+        _integer("min_tokens", self.min_tokens, 0, 1 << 31)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 0, 1 << 31)
+            if self.min_tokens > self.max_tokens:
+                raise InvalidRequest("min_tokens", self.min_tokens, f"is above max_tokens={self.max_tokens}")
+        if self.seed is not None:
+            _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, Limits.logprobs)
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if len(self.stop) > Limits.stop:
+            raise InvalidRequest("stop", len(self.stop), f"at most {Limits.stop} stop strings")
+        for text in self.stop:
+            if not isinstance(text, str) or not 1 <= len(text) <= Limits.stop_chars:
+                raise InvalidRequest("stop", text, f"a stop string has 1 to {Limits.stop_chars} characters")
+        if len(self.stop_token_ids) > Limits.stop_token_ids:
+            raise InvalidRequest("stop_token_ids", len(self.stop_token_ids), f"at most {Limits.stop_token_ids} ids")
+        if len(self.logit_bias) > Limits.logit_bias:
+            raise InvalidRequest("logit_bias", len(self.logit_bias), f"at most {Limits.logit_bias} entries")
+        for value in self.logit_bias.values():
+            _number("logit_bias", value, -100, 100)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def penalised(self) -> bool:
+        """Whether single logits must be changed before sampling."""
+        return bool(
+            self.logit_bias
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.min_tokens
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One API call: every prompt is continued n times, so it becomes len(prompts) * n sequences that share one slot.
+
+    Sequence p * n + j is choice j of prompt p. salt: requests share cached blocks only with equal salts. chat: the
+    answer's text is decoded on its own, as Meta's chat code does, not as a continuation of the prompt's text.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    params: SamplingParams
+    n: int = 1
+    salt: str = ""
+    chat: bool = False
+
+
+def check_request(request: Request, vocab_size: int, max_seq_len: int, max_cached: int, limits: Limits) -> None:
+    """Raise InvalidRequest (or ContextLengthExceeded) unless the request can be served.
+
+    max_cached: tokens that the whole KV cache can hold for one sequence.
+    """
+    _integer("n", request.n, 1, limits.n)
+    if not request.prompts:
+        raise InvalidRequest("prompt", [], "at least one prompt is needed")
+    if len(request.prompts) * request.n > limits.sequences:
+        count = len(request.prompts) * request.n
+        raise InvalidRequest("n", count, f"prompts x n may be at most {limits.sequences} sequences")
+    for name in ("stop_token_ids", "logit_bias"):
+        for token_id in getattr(request.params, name):
+            _integer(name, token_id, 0, vocab_size - 1)
+    for prompt in request.prompts:
+        if not len(prompt):
+            raise InvalidRequest("prompt", [], "a prompt needs at least one token")
+        for token_id in prompt:
+            # `type` and not isinstance: True is not a token id.
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
+                raise InvalidRequest("prompt", token_id, f"token ids must be whole numbers from 0 to {vocab_size - 1}")
+        # max_tokens=0 (only the prompt is scored) may fill the context; otherwise one position must be left.
+        room = max_seq_len if request.params.max_tokens == 0 else max_seq_len - 1
+        if len(prompt) > room:
+            raise ContextLengthExceeded(len(prompt), room)
+        longest = len(prompt) + (
+            request.params.max_tokens or 0 if request.params.max_tokens is not None else max_seq_len
+        )
+        if min(longest, max_seq_len) > max_cached:
+            raise ContextLengthExceeded(min(longest, max_seq_len), max_cached, "the KV cache")
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise InvalidRequest(name, value, f"must be a whole number from {low} to {high}")
+
+
+def _number(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or math.isnan(value):
+        raise InvalidRequest(name, value, f"must be a number from {low} to {high}")
