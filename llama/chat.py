@@ -2,10 +2,11 @@
 
     an answered pair    BOS  [INST] user [/INST] answer·  EOS        (· is one space)
     the last turn       BOS  [INST] user [/INST]
-    a system message    goes into the first user text:  <<SYS>>\\n system \\n<</SYS>>\\n\\n user
+    a system message    folded into the first user text, with the tags <<SYS>> and <</SYS>> on lines of their own
 
-Every turn is encoded on its own, as plain text, and BOS and EOS are put in as ids: no content can forge a control token. It
-could still spell the tags of the format itself, which is why those are refused unless the operator lets them through.
+Every turn is encoded on its own, as plain text, and BOS and EOS are put in as ids: no content can forge a control
+token. It could still spell the tags of the format itself, which is why those are refused unless the operator lets
+them through.
 Source: meta-llama/llama, `generation.py`; the tests compare with ids that this code gave.
 """
 
@@ -50,8 +51,11 @@ def render_turns(
     """The text of each turn, without BOS and EOS; the last ends where the answer begins. Raises as `render` does."""
     if not messages:
         raise ChatFormatError("messages", messages, "at least one message, from the user, is needed")
-    contents = [_content(message, i, special_tags) for i, message in enumerate(messages)]
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InvalidRequest(f"messages[{i}]", message, "must be an object with role and content")
     has_system = _check_roles([message.get("role") for message in messages])
+    contents = [_content(message, i, special_tags) for i, message in enumerate(messages)]
     if has_system:
         system, user, *rest = contents
         # Folded before stripping, as Meta does: the system text keeps its own spaces, and an empty one its empty block.
@@ -81,12 +85,11 @@ def _content(message: Mapping[str, Any], index: int, special_tags: Literal["refu
     field = f"messages[{index}].content"
     content = message.get("content")
     if isinstance(content, (list, tuple)):
-        parts = [_part_text(part, f"{field}[{j}]") for j, part in enumerate(content)]
-        content = "".join(parts)
+        content = "".join([_part_text(part, f"{field}[{j}]") for j, part in enumerate(content)])
     if not isinstance(content, str):
         raise InvalidRequest(field, content, "must be a string or a list of text parts")
     check_text(content, field)
-    if special_tags == "refuse":
+    if special_tags != "text":
         for tag in SPECIAL_TAGS:
             if tag in content:
                 raise ChatFormatError(field, tag, "tags of the chat format may not appear in content")

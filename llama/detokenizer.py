@@ -1,15 +1,14 @@
 """Ids to text, piece by piece, for one sequence: whole characters, and nothing that a stop string may still take back.
 
-The text that `push` and `finish` return, joined, is what SentencePiece decodes from all the ids at once, cut before the
-first stop string. Two things are kept back on the way: up to three bytes that may still become a character, and the longest
-tail of the text that may still become a stop string.
+The text that `push` and `finish` return, joined, is what SentencePiece decodes from all the ids at once, cut before
+the first stop string. Two things are kept back on the way: up to three bytes that may still become a character, and
+the longest tail of the text that may still become a stop string.
 The module knows nothing of EOS, limits or logprobs: whether the sequence ends is decided by who pushes.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
 from functools import lru_cache
 
 from llama.tokenizer import Vocabulary
@@ -20,8 +19,8 @@ REPLACEMENT = "\ufffd"
 class Detokenizer:
     """The text side of one sequence. Not thread-safe; one owner pushes.
 
-    skip_first_mark: the text has not begun, so its first word mark is dropped. True for a chat answer, which is decoded on
-    its own; `vocabulary.is_blank(prompt_ids)` for a completion, whose text begins with the prompt.
+    skip_first_mark: the text has not begun, so its first word mark is dropped. True for a chat answer, which is
+    decoded on its own; `vocabulary.is_blank(prompt_ids)` for a completion, whose text begins with the prompt.
     stop: strings that end the text, none of them empty.
 
     Counts are in characters of the generated text:
@@ -31,24 +30,11 @@ class Detokenizer:
     stopped   a stop string was found: the text is complete, nothing more may be pushed
     at_start  the text has still not begun: the next id's word mark will be dropped
 
-    A held id may turn out to lie beyond the cut. So the offset to report is min(offset, length), and it is final as soon as
-    `released` has reached `offset`, or the sequence has ended.
+    A held id may turn out to lie beyond the cut. So the offset to report is min(offset, length), and it is final as
+    soon as `released` has reached `offset`, or the sequence has ended.
     """
 
-    __slots__ = (
-        "_held",
-        "_state",
-        "_stops",
-        "_tail",
-        "_texts",
-        "_vocabulary",
-        "at_start",
-        "length",
-        "offset",
-        "stopped",
-    )
-
-    def __init__(self, vocabulary: Vocabulary, *, skip_first_mark: bool, stop: Sequence[str] = ()) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, skip_first_mark: bool, stop: tuple[str, ...] = ()) -> None:
         self.length = 0
         self.offset = 0
         self.stopped = False
@@ -56,7 +42,7 @@ class Detokenizer:
         self._vocabulary = vocabulary
         self._texts = vocabulary.texts  # one attribute look-up less in push
         self._tail = b""  # bytes of a character that is not complete
-        self._stops = compile_stops(tuple(stop)) if stop else None
+        self._stops = compile_stops(stop) if stop else None
         self._state = 0  # of `_stops`
         self._held = ""  # decoded, and a proper prefix of a stop string
 
@@ -150,7 +136,10 @@ def take_characters(data: bytes) -> tuple[str, bytes]:
             text += data[: fault.start].decode() + REPLACEMENT
             data = data[fault.start + 1 :]
         else:
-            return text + characters, data[used:]
+            text, tail = text + characters, data[used:]
+            if tail[:1] == b"\xed" and tail[1:] >= b"\xa0":  # a surrogate; Python waits for its third byte all the same
+                return text + REPLACEMENT * 2, b""
+            return text, tail
 
 
 class StopStrings:
@@ -164,7 +153,7 @@ class StopStrings:
     Source: Aho, Corasick, "Efficient string matching: an aid to bibliographic search", CACM 18(6), 1975.
     """
 
-    def __init__(self, strings: Sequence[str]) -> None:
+    def __init__(self, strings: tuple[str, ...]) -> None:
         assert strings and all(strings), "stop strings are checked with the request"
         self.edges: list[dict[str, int]] = [{}]
         self.fallback, self.depth, self.complete = [0], [0], [0]

@@ -1,7 +1,8 @@
 """Text to token ids and back, through SentencePiece.
 
-Text is always plain text here: whatever a caller writes, `encode` never gives the control ids (BOS, EOS). Control tokens
-come from code that means them: `encode_prompt`, which cuts the string at `<s>` and `</s>` first, and `llama.chat`.
+Text is always plain text here: whatever a caller writes, `encode` never gives the control ids (BOS, EOS). Control
+tokens come from code that means them: `encode_prompt`, which cuts the string at `<s>` and `</s>` first, and
+`llama.chat`.
 The module knows nothing of chat formats, of streams, or of the model. Nothing changes after loading, so any number of
 threads may share one `Tokenizer`.
 """
@@ -24,17 +25,15 @@ WORD_MARK = "\u2581"  # how SentencePiece writes the space inside its pieces
 class Vocabulary:
     """What each id stands for; tuples are indexed by id. Built once per tokenizer, shared by all of its detokenizers.
 
-    SentencePiece puts a word mark before every text and takes it off again. So a piece has two texts: `first_texts` where
-    the text has still not begun, `texts` everywhere else.
+    SentencePiece puts a word mark before every text and takes it off again. So a piece has two texts: `first_texts`
+    where the text has still not begun, `texts` everywhere else.
     """
 
     names: tuple[str, ...]  # token strings, unique in the vocabulary
     texts: tuple[str | None, ...]  # None: a byte piece, or a control piece, which has no text at all
     first_texts: tuple[str | None, ...]
     byte_values: dict[int, bytes]  # byte pieces: their one byte
-    blank: frozenset[
-        int
-    ]  # ids that leave a text not begun: control, and a mark where SentencePiece drops every leading one
+    blank: frozenset[int]  # ids that leave a text not begun: control ids; the bare mark too if all leading ones go
     max_piece_chars: int  # the most characters of a prompt that one id can stand for
 
     def is_blank(self, ids: Iterable[int]) -> bool:
