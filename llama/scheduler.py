@@ -4,8 +4,8 @@
        ^                  |
        `-----preempt------'
 
-A plan is a list of (sequence, n): compute its next n tokens. A sequence yields a token when n reaches its last one, so a
-chunk of a prompt and a decoded token are the same thing. Running sequences go first, then waiting ones, in order of
+A plan is a list of (sequence, n): compute its next n tokens. A sequence yields a token when n reaches its last one, so
+a chunk of a prompt and a decoded token are the same thing. Running sequences go first, then waiting ones, in order of
 arrival. When blocks run out the youngest running sequence gives its own back and waits at the front with its tokens
 kept; the oldest is never preempted, so some request always progresses.
 """
@@ -76,11 +76,11 @@ class Scheduler:
             plan.counts.append(n)
             budget -= n
         while budget and len(self.running) < self.max_batch_seqs:
-            seq = self._admit_next()
-            if seq is None:
+            admitted = self._admit_next()
+            if admitted is None:
                 break
-            n = min(seq.n_remaining, budget)
-            chunks.seqs.append(seq)
+            n = min(admitted.n_remaining, budget)
+            chunks.seqs.append(admitted)
             chunks.counts.append(n)
             budget -= n
         return Plan(decodes.seqs + chunks.seqs, decodes.counts + chunks.counts)
@@ -143,11 +143,9 @@ class Scheduler:
         return True
 
     def _admit_next(self) -> Sequence | None:
-        """Move the first waiting sequence that may start to `running`, or None when its blocks are not to be had yet."""
-        for place, seq in enumerate(self.waiting):
-            if seq.leader is None or seq.leader.num_computed >= seq.n_prompt or seq.leader.finish_reason is not None:
-                break
-        else:
+        """Move the first waiting sequence that may start to `running`; None when its blocks are not to be had yet."""
+        seq = next((s for s in self.waiting if _may_start(s)), None)
+        if seq is None:
             return None
         self._find_prefix(seq)
         whole = seq.preemptions >= MAX_PREEMPTIONS
@@ -158,7 +156,7 @@ class Scheduler:
             seq.num_computed = 0
             return None
         self._grow(seq, missing)
-        del self.waiting[place]
+        self.waiting.remove(seq)
         self.running.append(seq)
         return seq
 
@@ -193,3 +191,9 @@ class Scheduler:
     def _release(self, seq: Sequence) -> None:
         self.pool.release(seq.block_table)
         seq.block_table, seq.keys = [], []
+
+
+def _may_start(seq: Sequence) -> bool:
+    """A choice waits for its leader to compute their prompt, unless the leader is gone."""
+    leader = seq.leader
+    return leader is None or leader.num_computed >= seq.n_prompt or leader.finish_reason is not None
