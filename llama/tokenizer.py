@@ -106,13 +106,12 @@ class Tokenizer:
         """
         if max_tokens is not None:
             self.check_can_fit(len(text), max_tokens)
-        # split() with a group returns text, control, text, control, ..., text.
+        check_text(text, field)  # here, so that the error counts characters of the whole text
         stretches = self._control_text.split(text) if parse_special else [text]
         ids: list[int] = []
-        for stretch in stretches:
-            control = self._control_ids.get(stretch) if parse_special else None
-            ids += self.encode(stretch, field) if control is None else [control]
-        if add_special_tokens and not (parse_special and ids[:1] == [self.bos_id]):
+        for i, stretch in enumerate(stretches):  # text, control, text, ..., text
+            ids += [self._control_ids[stretch]] if i % 2 else self.encode(stretch, field)
+        if add_special_tokens and ids[:1] != [self.bos_id]:  # text gives no BOS, so one in front was asked for
             ids.insert(0, self.bos_id)
         return ids
 
