@@ -1,17 +1,17 @@
 """The engine's own errors. Every error carries its data as attributes, so that callers never parse messages.
 
-    EngineError
-    |-- ConfigError         an option or a model description that makes no sense        (field, value, limit)
-    |-- LoadError           a file that cannot be read or used                          (path, tensor)
-    |   |-- CheckpointError     weights missing, left over, doubled, of the wrong shape (problems)
-    |   `-- TokenizerError      tokenizer.model unreadable, empty or of another vocabulary
-    |-- InvalidRequest      one request is wrong; nothing was queued                    (field, value, limit)
-    |   |-- ContextLengthExceeded   the prompt does not fit the context                 (value, limit)
-    |   `-- ChatFormatError         roles, turn order or control tags in messages
-    |-- SlotsFull           no free seat for another request in flight                  (limit, retry_after)
-    |-- RequestFailed       this request failed while running; others go on             (reason)
-    |-- EngineDead          the engine thread has stopped; nothing will be served
-    `-- EngineClosed        close() was called
+EngineError
+|-- ConfigError         an option or a model description that makes no sense        (field, value, limit)
+|-- LoadError           a file that cannot be read or used                          (path, tensor)
+|   |-- CheckpointError     weights missing, left over, doubled, of the wrong shape (problems)
+|   `-- TokenizerError      tokenizer.model unreadable, empty or of another vocabulary
+|-- InvalidRequest      one request is wrong; nothing was queued                    (field, value, limit)
+|   |-- ContextLengthExceeded   the prompt does not fit the context                 (value, limit)
+|   `-- ChatFormatError         roles, turn order or control tags in messages
+|-- SlotsFull           no free seat for another request in flight                  (limit, retry_after)
+|-- RequestFailed       this request failed while running; others go on             (reason)
+|-- EngineDead          the engine thread has stopped; nothing will be served
+`-- EngineClosed        close() was called
 """
 
 from __future__ import annotations
