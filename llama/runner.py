@@ -25,6 +25,38 @@ class StepResult:
     logprobs: list[TokenLogprobs | None]
 
 
+@dataclass(slots=True)
+class Wanted:
+    """Which rows of a step's batch need logits. rows: of the sampled sequences first, then of the prompt spans.
+
+    sampled: places in the plan. prompts: (sequence, first position, how many), for prompt logprobs.
+    """
+
+    rows: list[int]
+    sampled: list[int]
+    prompts: list[tuple[Sequence, int, int]]
+
+
+def wanted_rows(plan: Plan) -> Wanted:
+    """A sequence that reaches its last token yields one, if it may grow. The row of position p predicts p + 1."""
+    rows, sampled, prompts = [], [], []
+    prompt_rows: list[int] = []
+    row = 0
+    for i, (seq, n) in enumerate(zip(plan.seqs, plan.counts, strict=True)):
+        first = seq.num_computed
+        if first + n == len(seq.token_ids) < seq.max_len:
+            sampled.append(i)
+            rows.append(row + n - 1)
+        if seq.params.prompt_logprobs is not None:
+            begin = max(first, len(seq.prompt_logprobs))  # what an earlier run reported is not reported again
+            end = min(first + n, seq.n_prompt - 1)
+            if begin < end:
+                prompts.append((seq, begin, end - begin))
+                prompt_rows += range(row + begin - first, row + end - first)
+        row += n
+    return Wanted(rows + prompt_rows, sampled, prompts)
+
+
 class Runner:
     def __init__(self, model: Transformer, cache: KVCache, device: torch.device, batch_invariant: bool) -> None:
         self.model, self.cache, self.device, self.batch_invariant = model, cache, device, batch_invariant
@@ -33,38 +65,19 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
         """Compute the plan's tokens and sample one for every sequence that reaches its last one."""
-        sampled: list[int] = []  # places in the plan
-        rows: list[int] = []  # rows of the batch whose logits are wanted: first the sampled ones
-        prompt_rows: list[tuple[Sequence, int, int]] = []  # (sequence, first position, row of it)
-        row = 0
-        for i, (seq, n) in enumerate(zip(plan.seqs, plan.counts, strict=True)):
-            if seq.num_computed + n == len(seq.token_ids) < seq.max_len:
-                sampled.append(i)
-                rows.append(row + n - 1)
-            if seq.params.prompt_logprobs is not None and seq.num_computed < seq.n_prompt:
-                prompt_rows.append((seq, seq.num_computed, row))
-            row += n
-        n_sampled = len(rows)
-        spans = []
-        for seq, first, start in prompt_rows:
-            # The row of position p predicts token p + 1; what an earlier run reported is not reported again.
-            begin = max(first, len(seq.prompt_logprobs))
-            end = min(first + plan.counts[plan.seqs.index(seq)], seq.n_prompt - 1)
-            if begin < end:
-                spans.append((seq, begin, len(rows)))
-                rows += range(start + begin - first, start + end - first)
-        batch = Batch.from_plan(plan, rows, self.cache.block_size, self.device, self.batch_invariant)
+        wanted = wanted_rows(plan)
+        batch = Batch.from_plan(plan, wanted.rows, self.cache.block_size, self.device, self.batch_invariant)
         hidden = self.model.forward(batch, self.cache)
-
         result = StepResult([None] * len(plan.seqs), [None] * len(plan.seqs))
-        if sampled:
-            logits = self.model.logits(hidden[:n_sampled])
-            tokens, logprobs = self.sampler.sample(logits, [plan.seqs[i] for i in sampled])
-            for i, token, logprob in zip(sampled, tokens, logprobs, strict=True):
+        if wanted.sampled:
+            logits = self.model.logits(hidden[: len(wanted.sampled)])
+            tokens, logprobs = self.sampler.sample(logits, [plan.seqs[i] for i in wanted.sampled])
+            for i, token, logprob in zip(wanted.sampled, tokens, logprobs, strict=True):
                 result.tokens[i], result.logprobs[i] = token, logprob
-        ends = [start for _, _, start in spans[1:]] + [len(rows)]
-        for (seq, begin, start), end in zip(spans, ends, strict=True):
-            self._report_prompt(seq, begin, hidden[start:end])
+        row = len(wanted.sampled)
+        for seq, begin, n in wanted.prompts:
+            self._report_prompt(seq, begin, hidden[row : row + n])
+            row += n
         return result
 
     def _report_prompt(self, seq: Sequence, begin: int, hidden: torch.Tensor) -> None:

@@ -1,0 +1,376 @@
+"""`Engine`: a model being served in this process. Any thread may call it; one thread of its own does the work."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+from tqdm import tqdm
+
+from llama.blocks import BlockPool
+from llama.cache import KVCache, MemoryPlan, plan_memory
+from llama.checkpoint import load_parameters
+from llama.config import EngineConfig, Limits, ModelConfig
+from llama.detokenizer import Detokenizer
+from llama.errors import ConfigError, EngineClosed, EngineDead, InvalidRequest, TokenizerError
+from llama.loop import EngineLoop
+from llama.model import Transformer, random_parameters
+from llama.request import Request, SamplingParams, check_request
+from llama.runner import Runner
+from llama.scheduler import Scheduler
+from llama.sequence import FinishReason, Sequence, TokenLogprobs, choice_seed
+from llama.slots import Seat, Slots
+from llama.stream import Mailbox, Stream
+from llama.tokenizer import Tokenizer
+
+log = logging.getLogger("llama")
+
+DEMO = Path(__file__).parent / "demo"
+
+
+@dataclass(slots=True)
+class Completion:
+    """One finished sequence of `Engine.generate`. logprobs: one entry per token, when asked for."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    text: str
+    logprobs: list[TokenLogprobs]
+    finish_reason: FinishReason
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot. Tokens are counted since the start; heartbeat_age: seconds since the engine thread last moved."""
+
+    slots: int
+    slots_in_use: int
+    running: int
+    waiting: int
+    blocks: int
+    blocks_free: int
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+    heartbeat_age: float
+
+
+class Engine:
+    """Loads a model and serves it until `close()`, the end of the `with` block, or the end of the process.
+
+    model: a checkpoint folder, "demo" for the one that ships with the project, or a ModelConfig for random weights of
+    that exact shape (no tokenizer: prompts are token ids). The memory plan is logged before anything is allocated.
+    Raises ConfigError, LoadError, CheckpointError, TokenizerError.
+    """
+
+    def __init__(
+        self, model: str | Path | ModelConfig, config: EngineConfig | None = None, *, progress: bool = True
+    ) -> None:
+        self.config = config or EngineConfig()
+        self.limits = Limits()
+        self.model_dir = None if isinstance(model, ModelConfig) else find_model(model)
+        self.model_config = model if isinstance(model, ModelConfig) else ModelConfig.from_dir(find_model(model))
+        self.device = _device(self.config.device)
+        self.dtype = _dtype(self.config.dtype, self.model_config.dtype, self.device)
+        self.batch_invariant = _batch_invariant(self.config, self.device, self.dtype)
+        self.max_seq_len = min(self.config.max_seq_len or 1 << 30, self.model_config.max_seq_len)
+        self.tokenizer = _tokenizer(self.model_dir, self.model_config)
+        self.memory_plan: MemoryPlan = plan_memory(
+            self.model_config, self.config, self.max_seq_len, self.dtype.itemsize, self.device
+        )
+        log.info("%s", self.memory_plan)
+        self.slots = Slots(self.config.slots)
+        self._pid = os.getpid()
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        pool = BlockPool(self.memory_plan.num_blocks, self.config.block_size, self.config.prefix_cache)
+        self._scheduler = Scheduler(pool, self.config.max_batch_tokens, self.config.max_batch_seqs)
+        build = partial(
+            _build_runner,
+            self.model_dir,
+            self.model_config,
+            self.memory_plan,
+            self.max_seq_len,
+            self.dtype,
+            self.device,
+            self.batch_invariant,
+            progress,
+        )
+        started: SimpleQueue[EngineLoop | BaseException] = SimpleQueue()
+        self._thread = threading.Thread(
+            target=_thread_main, args=(build, self._scheduler, self._inbox, self.slots, started), name="llama-engine"
+        )
+        self._thread.daemon = True
+        self._thread.start()
+        loop = started.get()
+        if isinstance(loop, BaseException):
+            self._thread.join()
+            raise loop
+        self._loop = loop
+        # Also runs at interpreter exit, where a daemon thread inside torch would otherwise be cut off mid-step.
+        self._closer = weakref.finalize(self, _close, self.slots, self._inbox, self._loop, self._thread)
+
+    def submit(self, request: Request, *, wait: float | bool | None = None, seat: Seat | None = None) -> Stream:
+        """Queue a request; its tokens come out of the returned stream.
+
+        seat: a slot already taken from `slots`, else one is taken here: at once, or after waiting (`wait` seconds, True
+        for as long as it takes). Raises InvalidRequest, ContextLengthExceeded, SlotsFull, EngineClosed, EngineDead; the
+        seat is given back if anything is raised.
+        """
+        try:
+            self._check_alive()
+            params = request.params
+            capacity = self._scheduler.pool.n_usable * self.config.block_size
+            check_request(request, self.model_config.vocab_size, self.max_seq_len, capacity, self.limits)
+            if params.stop and self.tokenizer is None:
+                raise InvalidRequest("stop", list(params.stop), "this model has no tokenizer; use stop_token_ids")
+            if seat is None:
+                seat = self.slots.acquire(wait, self.retry_after())
+        except BaseException:
+            if seat is not None:
+                seat.release()
+            raise
+        mailbox = Mailbox(len(request.prompts) * request.n, seat, self._abort)
+        self._inbox.put(partial(self._loop.add, mailbox, self._sequences(request)))
+        if self._loop.closing:
+            self._check_alive(mailbox)
+        return Stream(mailbox)
+
+    def generate(
+        self,
+        prompts: SequenceOf[str | SequenceOf[int]],
+        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Continue every prompt (text or token ids) and return the answers in order; the offline batch.
+
+        params: one for all, or one per prompt. All prompts are checked first, then they line up for the slots.
+        """
+        each = list(params) if isinstance(params, SequenceOf) else [params or SamplingParams()] * len(prompts)
+        if len(each) != len(prompts):
+            raise InvalidRequest("params", len(each), f"must be one, or one for each of the {len(prompts)} prompts")
+        requests = [Request([self.encode(p)], one) for p, one in zip(prompts, each, strict=True)]
+        capacity = self._scheduler.pool.n_usable * self.config.block_size
+        for request in requests:
+            check_request(request, self.model_config.vocab_size, self.max_seq_len, capacity, self.limits)
+        streams: list[Stream] = []
+        try:
+            for request in requests:
+                streams.append(self.submit(request, wait=True))
+            bar = tqdm(zip(streams, requests, strict=True), total=len(requests), disable=not progress, unit="prompt")
+            return [_collect(stream, list(request.prompts[0])) for stream, request in bar]
+        finally:
+            for stream in streams:
+                stream.close()
+
+    def encode(self, prompt: str | SequenceOf[int]) -> list[int]:
+        """Prompt ids of a text (with BOS), or the ids themselves. Raises InvalidRequest."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise InvalidRequest("prompt", prompt, "this model has no tokenizer; prompts must be token ids")
+        return self.tokenizer.encode_prompt(prompt, max_tokens=self.max_seq_len)
+
+    def stats(self) -> EngineStats:
+        scheduler, loop = self._scheduler, self._loop
+        return EngineStats(
+            slots=self.slots.limit,
+            slots_in_use=self.slots.in_use,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks=scheduler.pool.n_usable,
+            blocks_free=scheduler.pool.n_free,
+            steps=loop.n_steps,
+            prompt_tokens=loop.n_prompt_tokens,
+            generated_tokens=loop.n_generated_tokens,
+            preemptions=scheduler.n_preemptions,
+            prefix_queries=scheduler.n_prefix_queries,
+            prefix_hits=scheduler.n_prefix_hits,
+            heartbeat_age=time.monotonic() - loop.last_beat,
+        )
+
+    def retry_after(self) -> float:
+        """Expected seconds until a slot is free, for callers that were refused."""
+        return 1.0
+
+    def close(self) -> None:
+        """Abort what runs, stop the thread and free the memory. Safe to call twice and from any thread."""
+        self._closer()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _sequences(self, request: Request) -> list[tuple[Sequence, Detokenizer | None]]:
+        params, made = request.params, []
+        stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= frozenset(self.model_config.eos_ids)
+        for p, prompt in enumerate(request.prompts):
+            # A given seed stands for the answer to this prompt wherever it is in the list; a fresh one does not repeat.
+            seed = secrets.randbits(63) if params.seed is None else params.seed
+            room = self.max_seq_len if params.max_tokens is None else len(prompt) + params.max_tokens
+            leader: Sequence | None = None
+            for j in range(request.n):
+                seq = Sequence(
+                    request=request,
+                    index=p * request.n + j,
+                    token_ids=list(prompt),
+                    n_prompt=len(prompt),
+                    max_len=min(room, self.max_seq_len),
+                    seed=choice_seed(seed, j),
+                    stop_ids=stop_ids,
+                    leader=leader,
+                )
+                if self.config.prefix_cache:
+                    leader = leader or seq
+                made.append((seq, self._detokenizer(request, prompt)))
+        return made
+
+    def _detokenizer(self, request: Request, prompt: SequenceOf[int]) -> Detokenizer | None:
+        if self.tokenizer is None:
+            return None
+        vocabulary = self.tokenizer.vocabulary
+        skip = request.chat or vocabulary.is_blank(prompt)
+        return Detokenizer(vocabulary, skip_first_mark=skip, stop=tuple(request.params.stop))
+
+    def _abort(self, mailbox: Mailbox) -> None:
+        self._inbox.put(partial(self._loop.abort, mailbox))
+
+    def _check_alive(self, mailbox: Mailbox | None = None) -> None:
+        """Raise if nothing will be served; a request that slipped in while the engine ended gets the error itself."""
+        error: Exception | None = None
+        if os.getpid() != self._pid:
+            error = EngineDead("this engine was made before fork(); make one in the child process")
+        elif self._loop.error is not None:
+            error = EngineDead(f"the engine stopped: {self._loop.error!r}")
+        elif self._loop.closing:
+            error = EngineClosed("the engine is closed")
+        if error is not None:
+            if mailbox is not None:
+                mailbox.fail(error)
+            raise error
+
+
+def find_model(model: str | Path) -> Path:
+    """The folder of a model: a path, or 'demo'. Raises ConfigError when there is none."""
+    folder = DEMO if str(model) == "demo" else Path(model)
+    if not folder.is_dir():
+        raise ConfigError("model", str(model), "is not a folder, nor the name 'demo'")
+    return folder
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        index = int(name.partition(":")[2] or 0)
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            raise ConfigError("device", name, f"this machine has {torch.cuda.device_count()} CUDA devices")
+        return torch.device("cuda", index)
+    return torch.device(name)
+
+
+def _dtype(asked: str, stored: str, device: torch.device) -> torch.dtype:
+    if asked == "auto":
+        # fp16 sums overflow easily and are slow on CPUs; bf16 keeps the range.
+        asked = "float32" if stored == "float16" and device.type == "cpu" else stored
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[asked]
+
+
+def _batch_invariant(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    if config.batch_invariant is None:
+        return device.type == "cuda"
+    if config.batch_invariant and device.type == "cpu" and dtype != torch.float32:
+        raise ConfigError("batch_invariant", True, f"holds on the CPU for float32 only, not {dtype}")
+    return config.batch_invariant
+
+
+def _tokenizer(folder: Path | None, config: ModelConfig) -> Tokenizer | None:
+    """The folder's tokenizer.model; None when there is none, and the model serves token ids only."""
+    if folder is None or not (folder / "tokenizer.model").is_file():
+        return None
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise TokenizerError(
+            tokenizer.path, f"has {tokenizer.vocab_size} pieces, the model's vocabulary {config.vocab_size}"
+        )
+    return tokenizer
+
+
+def _build_runner(
+    folder: Path | None,
+    config: ModelConfig,
+    plan: MemoryPlan,
+    max_seq_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_invariant: bool,
+    progress: bool,
+) -> Runner:
+    if folder is None:
+        parameters = random_parameters(config, dtype, device)
+    else:
+        parameters = load_parameters(folder, config, dtype, device, progress)
+    model = Transformer(config, parameters, max_seq_len, batch_invariant)
+    cache = KVCache.empty(config, plan.num_blocks, plan.block_size, dtype, device)
+    return Runner(model, cache, device, batch_invariant)
+
+
+def _thread_main(
+    build: Callable[[], Runner],
+    scheduler: Scheduler,
+    inbox: SimpleQueue[Callable[[], None]],
+    slots: Slots,
+    started: SimpleQueue[EngineLoop | BaseException],
+) -> None:
+    """The engine thread: it loads the weights itself, so that it owns every tensor from the first."""
+    try:
+        loop = EngineLoop(scheduler, build(), inbox)
+    except BaseException as error:
+        started.put(error)
+        return
+    started.put(loop)
+    loop.run()
+    slots.close()
+    del loop.runner  # the weights and the cache go with it
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _close(slots: Slots, inbox: SimpleQueue[Callable[[], None]], loop: EngineLoop, thread: threading.Thread) -> None:
+    slots.close()
+    inbox.put(loop.stop)
+    if thread is not threading.current_thread():
+        thread.join()
+
+
+def _collect(stream: Stream, prompt_ids: list[int]) -> Completion:
+    """Read a stream of one sequence to its end."""
+    done = Completion(prompt_ids, [], "", [], FinishReason.ERROR)
+    for delta in stream:
+        done.token_ids += delta.token_ids
+        done.text += delta.text
+        done.logprobs += delta.logprobs
+        done.prompt_logprobs = delta.prompt_logprobs if delta.prompt_logprobs is not None else done.prompt_logprobs
+        done.finish_reason = delta.finish_reason or done.finish_reason
+    return done

@@ -1,0 +1,212 @@
+"""`EngineLoop`: what the engine thread does. It owns every tensor, the pool and all sequences, and waits for no caller.
+
+A step is schedule, run, commit, deliver. Other threads reach it only through `inbox`, a queue of calls to make.
+A fault in one request ends that request; an error that cannot be pinned on one ends the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from llama.detokenizer import Detokenizer
+from llama.errors import EngineClosed, EngineDead, RequestFailed
+from llama.runner import StepResult
+from llama.scheduler import Plan, Scheduler
+from llama.sequence import FinishReason, Sequence, TokenLogprobs
+from llama.stream import Delta, Mailbox
+
+log = logging.getLogger("llama")
+
+
+class StepRunner(Protocol):
+    """What the loop needs of a `Runner`; tests and the overhead bench put a fake one in its place."""
+
+    def run(self, plan: Plan) -> StepResult: ...
+
+
+@dataclass(slots=True)
+class Track:
+    """The text side of one sequence. held: tokens whose place in the text a stop string may still change."""
+
+    mailbox: Mailbox
+    detokenizer: Detokenizer | None  # None: the model has no tokenizer, only ids go out
+    held: list[tuple[int, TokenLogprobs, int]] = field(default_factory=list)  # (token id, logprobs, offset)
+    started: bool = False
+
+
+class EngineLoop:
+    """on_step, when set, is called in the engine thread before every step; the seam for audits and fault injection."""
+
+    def __init__(self, scheduler: Scheduler, runner: StepRunner, inbox: SimpleQueue[Callable[[], None]]) -> None:
+        self.scheduler, self.runner, self.inbox = scheduler, runner, inbox
+        self.tracks: dict[Sequence, Track] = {}
+        self.on_step: Callable[[EngineLoop], None] | None = None
+        self.closing = False
+        self.error: BaseException | None = None
+        self.last_beat = time.monotonic()
+        self.n_steps = self.n_prompt_tokens = self.n_generated_tokens = 0
+
+    def run(self) -> None:
+        """Serve until `stop` is called through the inbox or an error ends it; every open request then gets an error."""
+        try:
+            while self._take_messages():
+                self.step()
+        except BaseException as error:
+            log.exception("the engine thread stopped")
+            self.error = error
+        reason = (
+            EngineDead(f"the engine stopped: {self.error!r}") if self.error else EngineClosed("the engine was closed")
+        )
+        self.closing = True
+        for mailbox in {track.mailbox for track in self.tracks.values()}:
+            mailbox.fail(reason)
+        self.tracks.clear()
+
+    def step(self) -> None:
+        if self.on_step is not None:
+            self.on_step(self)
+        if not self.scheduler.has_work:
+            return
+        plan = self.scheduler.schedule()
+        result = self._run(plan)
+        self._fail_non_finite(plan, result)
+        self.n_prompt_tokens += sum(n for seq, n in zip(plan.seqs, plan.counts, strict=True) if seq.n_generated == 0)
+        self.scheduler.commit(plan, result.tokens)
+        self._deliver(plan, result)
+        self.n_steps += 1
+        self.last_beat = time.monotonic()
+
+    # Messages; called in the engine thread through the inbox.
+
+    def add(self, mailbox: Mailbox, sequences: list[tuple[Sequence, Detokenizer | None]]) -> None:
+        if not mailbox.unfinished:
+            return  # abandoned before it arrived
+        for seq, detokenizer in sequences:
+            self.tracks[seq] = Track(mailbox, detokenizer)
+        self.scheduler.add(seq for seq, _ in sequences)
+
+    def abort(self, mailbox: Mailbox) -> None:
+        self._drop(mailbox, FinishReason.ABORT)
+
+    def stop(self) -> None:
+        self.closing = True
+
+    def _take_messages(self) -> bool:
+        """Handle what callers asked for; sleep while there is nothing to do. False when the loop is to end."""
+        if not self.scheduler.has_work:
+            pool = self.scheduler.pool
+            if pool.n_free != pool.n_usable:
+                raise RuntimeError(f"{pool.n_usable - pool.n_free} blocks are held although no sequence is left")
+            self.inbox.get()()
+        while not self.closing:
+            try:
+                message = self.inbox.get_nowait()
+            except Empty:
+                break
+            message()
+        self.last_beat = time.monotonic()
+        return not self.closing
+
+    def _run(self, plan: Plan) -> StepResult:
+        """Run the plan. If that raises, halve it until the culprits are alone; fail them, keep the others' results."""
+        try:
+            return self.runner.run(plan)
+        except Exception as error:
+            if "CUDA error" in str(error):
+                raise  # the context is lost; nothing can be computed any more
+            if len(plan.seqs) == 1:
+                log.exception("a request failed")
+                self._fail(plan.seqs[0], RequestFailed("internal_error", f"the step failed: {error}"))
+                return StepResult([None], [None])
+        first, second = (self._run(half) for half in plan.split())
+        return StepResult(first.tokens + second.tokens, first.logprobs + second.logprobs)
+
+    def _fail_non_finite(self, plan: Plan, result: StepResult) -> None:
+        for i, token in enumerate(result.tokens):
+            if token == -1:
+                result.tokens[i] = None
+                self._fail(plan.seqs[i], RequestFailed("nan_logits", "the model's logits are not finite"))
+
+    def _fail(self, seq: Sequence, error: RequestFailed) -> None:
+        """End the whole request that seq belongs to."""
+        track = self.tracks.get(seq)
+        if track is not None:
+            self._drop(track.mailbox, FinishReason.ERROR)
+            track.mailbox.fail(error)
+
+    def _drop(self, mailbox: Mailbox, reason: FinishReason) -> None:
+        for seq in [seq for seq, track in self.tracks.items() if track.mailbox is mailbox]:
+            self.scheduler.finish(seq, reason)
+            del self.tracks[seq]
+
+    def _deliver(self, plan: Plan, result: StepResult) -> None:
+        """Turn the step's tokens into text, hand them over, then wake each reader once."""
+        now = time.monotonic()
+        mailboxes: dict[Mailbox, None] = {}
+        for seq, token, logprobs in zip(plan.seqs, result.tokens, result.logprobs, strict=True):
+            track = self.tracks.get(seq)
+            if track is None:
+                continue
+            mailbox = track.mailbox
+            if not track.started:
+                self._start(seq, track, now)
+            if token is None and seq.finish_reason is None:
+                continue
+            delta = self._delta(seq, track, token, logprobs)
+            self.n_generated_tokens += token is not None
+            if seq.finish_reason is not None:
+                mailbox.stats.preemptions += seq.preemptions
+                del self.tracks[seq]
+            mailbox.stats.first_token = mailbox.stats.first_token or now
+            mailbox.put(delta)
+            mailboxes[mailbox] = None
+        for mailbox in mailboxes:
+            mailbox.wake()
+
+    def _start(self, seq: Sequence, track: Track, now: float) -> None:
+        track.started = True
+        stats = track.mailbox.stats
+        stats.first_scheduled = stats.first_scheduled or now
+        if seq.leader is None:
+            stats.cached_tokens += seq.num_cached
+
+    def _delta(self, seq: Sequence, track: Track, token: int | None, logprobs: TokenLogprobs | None) -> Delta:
+        """What the sequence gained in this step; finds stop strings, which end it."""
+        detokenizer, text = track.detokenizer, ""
+        matching = seq.n_generated > seq.params.min_tokens
+        ended = seq.finish_reason is not None
+        if detokenizer is not None:
+            offset = detokenizer.length
+            if token is not None and not (ended and token in seq.stop_ids and matching):
+                text = detokenizer.push(token, matching)
+                offset = detokenizer.offset
+            if ended and not detokenizer.stopped:
+                text += detokenizer.finish(matching)
+            if detokenizer.stopped:
+                self.scheduler.finish(seq, FinishReason.STOP)
+                ended = True
+        tokens = [] if token is None else [token]
+        delta = Delta(seq.index, tokens, text, finish_reason=seq.finish_reason)
+        if logprobs is not None:
+            track.held.append((logprobs.token_id, logprobs, 0 if detokenizer is None else offset))
+            self._release(track, delta, ended)
+        if seq.params.prompt_logprobs is not None and seq.n_generated <= 1:
+            delta.prompt_logprobs = seq.prompt_logprobs
+        return delta
+
+    def _release(self, track: Track, delta: Delta, ended: bool) -> None:
+        """Let the tokens go whose offsets are certain: nothing that a stop string may still cut lies before them."""
+        detokenizer, held = track.detokenizer, track.held
+        count = len(held)
+        if detokenizer is not None and not ended:
+            count = next((i for i, (_, _, offset) in enumerate(held) if offset > detokenizer.released), count)
+        out, track.held = held[:count], held[count:]
+        delta.token_ids = [token for token, _, _ in out]
+        delta.logprobs = [logprobs for _, logprobs, _ in out]
+        if detokenizer is not None:
+            delta.offsets = [min(offset, detokenizer.length) for _, _, offset in out]

@@ -1,0 +1,135 @@
+"""`Slots`: seats for requests in flight. A request over the limit is refused at once, or waits in line for a seat."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+from llama.errors import EngineClosed, SlotsFull
+
+
+class Seat:
+    """One taken slot. `release()` gives it back once, however often it is called; so does dropping the object."""
+
+    def __init__(self, give_back: Callable[[], None]) -> None:
+        self._finalizer = weakref.finalize(self, give_back)
+
+    def release(self) -> None:
+        self._finalizer()
+
+
+class _Waiter:
+    """Someone in line. `wake(got_it)` is called once, under the lock, from whichever thread gives the seat back."""
+
+    def __init__(self, wake: Callable[[bool], None]) -> None:
+        self.wake = wake
+
+
+class Slots:
+    """A first-come-first-served gate of `limit` seats; any thread and any event loop may ask."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._taken = 0
+        self._closed = False
+        self._line: deque[_Waiter] = deque()
+        # Reentrant: a Seat may be finalized by the garbage collector inside one of these very methods.
+        self._lock = threading.RLock()
+
+    @property
+    def in_use(self) -> int:
+        return self._taken
+
+    def acquire(self, wait: float | bool | None = None, retry_after: float = 1.0) -> Seat:
+        """A seat. wait: None or False = now or never, True = for ever, else seconds. Raises SlotsFull, EngineClosed."""
+        # A SimpleQueue may be filled from a finalizer in any thread, which an Event may not.
+        arrived: SimpleQueue[None] = SimpleQueue()
+        got: list[bool] = []
+
+        def wake(got_it: bool) -> None:
+            got.append(got_it)
+            arrived.put(None)
+
+        waiter = self._take_or_queue(bool(wait), wake, retry_after)
+        if waiter is not None:
+            timeout = None if wait is True else float(wait or 0)
+            try:
+                arrived.get(timeout=timeout)
+            except Empty:
+                pass
+            except BaseException:
+                self._leave(waiter, got)
+                raise
+            self._check(waiter, got, retry_after)
+        return Seat(self._give_back)
+
+    async def acquire_async(self, wait: float | bool | None = None, retry_after: float = 1.0) -> Seat:
+        """The same for event loops: waiting does not block the loop, and a cancelled task leaves the line."""
+        loop = asyncio.get_running_loop()
+        arrived = asyncio.Event()
+        got: list[bool] = []
+
+        def wake(got_it: bool) -> None:
+            got.append(got_it)
+            loop.call_soon_threadsafe(arrived.set)
+
+        waiter = self._take_or_queue(bool(wait), wake, retry_after)
+        if waiter is not None:
+            timeout = None if wait is True else float(wait or 0)
+            try:
+                await asyncio.wait_for(arrived.wait(), timeout)
+            except TimeoutError:
+                pass
+            except BaseException:
+                self._leave(waiter, got)
+                raise
+            self._check(waiter, got, retry_after)
+        return Seat(self._give_back)
+
+    def close(self) -> None:
+        """Nobody gets a seat any more; those in line get EngineClosed."""
+        with self._lock:
+            self._closed = True
+            while self._line:
+                self._line.popleft().wake(False)
+
+    def _take_or_queue(self, may_wait: bool, wake: Callable[[bool], None], retry_after: float) -> _Waiter | None:
+        """Take a seat (None), or stand in line (the waiter)."""
+        with self._lock:
+            if self._closed:
+                raise EngineClosed("the engine is closed")
+            if self._taken < self.limit and not self._line:
+                self._taken += 1
+                return None
+            if not may_wait:
+                raise SlotsFull(self.limit, retry_after)
+            waiter = _Waiter(wake)
+            self._line.append(waiter)
+            return waiter
+
+    def _check(self, waiter: _Waiter, got: list[bool], retry_after: float) -> None:
+        with self._lock:
+            if not got:
+                self._line.remove(waiter)
+                raise SlotsFull(self.limit, retry_after)
+        if not got[0]:
+            raise EngineClosed("the engine was closed while the request waited for a slot")
+
+    def _leave(self, waiter: _Waiter, got: list[bool]) -> None:
+        """Someone in line was interrupted; a seat that came at the same moment goes to the next."""
+        with self._lock:
+            if not got:
+                self._line.remove(waiter)
+            elif got[0]:
+                self._give_back()
+
+    def _give_back(self) -> None:
+        with self._lock:
+            if self._line:
+                self._line.popleft().wake(True)  # the seat changes hands; `_taken` stays
+            else:
+                self._taken -= 1

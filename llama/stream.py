@@ -1,0 +1,193 @@
+"""`Stream`: the caller's end of one request, an iterator of `Delta`s for threads and for event loops.
+
+The engine thread puts deltas in and never waits for a reader; a reader takes out what has gathered. A stream nobody
+reads is bounded by the request's max_tokens. Closing it, or dropping it, aborts the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+
+from llama.sequence import FinishReason, TokenLogprobs
+from llama.slots import Seat
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one sequence gained: index = which one of the request.
+
+    token_ids, logprobs, offsets: one entry per new token (logprobs only where asked for; offsets, in characters of the
+    sequence's text, only with them). text: what is certain by now, possibly less or more than the tokens' own.
+    finish_reason: set in the last delta of the sequence, and nowhere else.
+    prompt_logprobs: in a sequence's first delta, when asked for; one entry per prompt token after the first.
+    """
+
+    index: int
+    token_ids: list[int]
+    text: str
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(slots=True)
+class RequestStats:
+    """Times in seconds of time.monotonic(); counts of tokens."""
+
+    submitted: float
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+
+class Mailbox:
+    """What the engine thread and a `Stream` share. It outlives a dropped stream, and never refers to one.
+
+    n_sequences: how many sequences the request has. abort: asks the engine to drop them; called at most once.
+    """
+
+    def __init__(self, n_sequences: int, seat: Seat | None, abort: Callable[[Mailbox], None]) -> None:
+        self.deltas: deque[Delta] = deque()
+        self.error: BaseException | None = None
+        self.unfinished = n_sequences
+        self.stats = RequestStats(time.monotonic())
+        self._seat, self._abort = seat, abort
+        self._wake: Callable[[], None] | None = None
+        self._lock = threading.RLock()  # the collector may drop a stream, and so abandon, anywhere
+
+    def put(self, delta: Delta) -> None:
+        """Engine thread: hand over a delta; `wake` follows when the step's deltas are all in."""
+        self.deltas.append(delta)
+        if delta.finish_reason is not None:
+            self.unfinished -= 1
+            if self.unfinished == 0:
+                self._end()
+
+    def fail(self, error: BaseException) -> None:
+        """Engine thread: the request is over; the reader gets what is there, then the error."""
+        if self.unfinished:
+            self.error = error
+            self.unfinished = 0
+            self._end()
+            self.wake()
+
+    def abandon(self) -> None:
+        """Any thread: nobody will read any more. The slot is free at once, the blocks after the current step."""
+        if self.unfinished:
+            self.unfinished = 0
+            self._abort(self)
+        self._end()
+        self.wake()
+
+    def wake(self) -> None:
+        """Tell a waiting reader to look."""
+        if self._wake is not None:
+            with self._lock:
+                wake, self._wake = self._wake, None
+            if wake is not None:
+                wake()
+
+    def sleep(self, wake: Callable[[], None]) -> bool:
+        """Reader: be woken by a call of `wake`; False when there is something to read by now."""
+        with self._lock:
+            self._wake = wake
+        if self.deltas or not self.unfinished:
+            with self._lock:
+                self._wake = None
+            return False
+        return True
+
+    def ended(self) -> bool:
+        """Reader: whether nothing more will come. Raises what ended the request early."""
+        if self.unfinished or self.deltas:
+            return False
+        if self.error is not None:
+            raise self.error
+        return True
+
+    def _end(self) -> None:
+        self.stats.finished = self.stats.finished or time.monotonic()
+        if self._seat is not None:
+            self._seat.release()
+
+
+class Stream:
+    """Iterate (`for` or `async for`) until every sequence of the request has finished.
+
+    Raises from the iterator what ended the request early: RequestFailed, EngineDead, EngineClosed.
+    One reader at a time; `close()` from any thread. Dropping the object is closing it, even if it was never started.
+    """
+
+    def __init__(self, mailbox: Mailbox) -> None:
+        self._mailbox = mailbox
+        self._abandon = weakref.finalize(self, mailbox.abandon)
+        self._abandon.atexit = False
+
+    @property
+    def stats(self) -> RequestStats:
+        return self._mailbox.stats
+
+    def get(self, timeout: float | None = None) -> Delta | None:
+        """The next delta, waiting for it; None at the end. Raises TimeoutError after `timeout` seconds of nothing."""
+        mailbox = self._mailbox
+        while not mailbox.deltas:
+            if mailbox.ended():
+                return None
+            asleep = threading.Lock()
+            asleep.acquire()
+            if mailbox.sleep(asleep.release) and not asleep.acquire(timeout=-1 if timeout is None else timeout):
+                raise TimeoutError(f"no token in {timeout} s")
+        return mailbox.deltas.popleft()
+
+    async def get_async(self) -> Delta | None:
+        """The same without blocking the event loop."""
+        mailbox, loop = self._mailbox, asyncio.get_running_loop()
+        while not mailbox.deltas:
+            if mailbox.ended():
+                return None
+            arrived = asyncio.Event()
+
+            def wake(arrived: asyncio.Event = arrived) -> None:
+                loop.call_soon_threadsafe(arrived.set)
+
+            if mailbox.sleep(wake):
+                await arrived.wait()
+        return mailbox.deltas.popleft()
+
+    def close(self) -> None:
+        """Abort what still runs, from any thread; again is no harm. What was not read yet is dropped."""
+        self._abandon()
+        self._mailbox.deltas.clear()
+
+    def __iter__(self) -> Iterator[Delta]:
+        return self
+
+    def __next__(self) -> Delta:
+        delta = self.get()
+        if delta is None:
+            raise StopIteration
+        return delta
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        delta = await self.get_async()
+        if delta is None:
+            raise StopAsyncIteration
+        return delta
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
