@@ -15,6 +15,9 @@ from torch import Tensor
 # The twin's tiles in batch-invariant mode: rows of a query tile and keys of a key tile, both counted from position 0.
 TILE_ROWS = 16
 TILE_KEYS = 64
+# One entry of the Triton kernels' list of work; every prefill tile divides it.
+TILE_POSITIONS = 128
+MAX_KV_HEADS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,20 @@ class CpuPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class TritonPlan:
+    """What the Triton kernels need beyond the lengths.
+
+    tiles: [n_tiles, 2] int32 (sequence, t), longest first: positions t * TILE_POSITIONS on, of sequences with several
+    queries. single: does a sequence with one query exist? arrivals: [n_seqs * MAX_KV_HEADS] int32 zeros, where the
+    programs that share a sequence's keys count themselves.
+    """
+
+    tiles: Tensor
+    single: bool
+    arrivals: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """Layout of one step's batch.
 
@@ -65,7 +82,7 @@ class AttentionPlan:
     seqlens_k: [n_seqs] int32, keys per sequence, this step's included; 0 marks a padding row of a captured graph.
     block_tables: [n_seqs, width] int32, cache blocks per sequence, 0 past the end.
     max_seqlen_q, max_seqlen_k: the largest of each, on the host.
-    cpu: only for CPU tensors.
+    cpu: only for CPU tensors. triton: only where operations run as Triton kernels.
     """
 
     cu_seqlens_q: Tensor
@@ -74,6 +91,7 @@ class AttentionPlan:
     max_seqlen_q: int
     max_seqlen_k: int
     cpu: CpuPlan | None = None
+    triton: TritonPlan | None = None
 
 
 def plan_cpu(
@@ -137,3 +155,17 @@ def _tiles(cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray, tables: np.ndarray, 
         [tile[0] for tile in made],
         torch.from_numpy(back[:n_rows].copy()),
     )
+
+
+def plan_triton(cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray, device: torch.device) -> TritonPlan:
+    """The Triton side of a plan. Arguments as in `AttentionPlan`, as numpy arrays."""
+    n_queries = np.diff(cu_seqlens_q)
+    work = [
+        (s, t)
+        for s in np.flatnonzero(n_queries > 1).tolist()
+        for t in range(int(seqlens_k[s] - n_queries[s]) // TILE_POSITIONS, -(-int(seqlens_k[s]) // TILE_POSITIONS))
+    ]
+    work.sort(key=lambda item: -item[1])
+    tiles = torch.tensor(work, dtype=torch.int32).view(-1, 2)
+    arrivals = torch.zeros(len(n_queries) * MAX_KV_HEADS, dtype=torch.int32, device=device)
+    return TritonPlan(tiles.to(device), bool((n_queries == 1).any()), arrivals)

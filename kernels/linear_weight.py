@@ -12,10 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.launch import runs_triton
+
 # Below this many bytes the call overhead of the blocked form (12 us) costs more than its layout saves.
 _PACK_BYTES = 1 << 20
 # The row count that oneDNN lays the weight out for; the layout for 16 rows also serves 1 and 256 within a few per cent.
 _PACK_ROWS = 16
+# A sum is split only where there are fewer tiles than this: with more, the card is full without it.
+SPLIT_TILES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +27,14 @@ class LinearWeight:
     """A weight for `linear`.
 
     data: [n, k] row-major, or an opaque oneDNN tensor when `blocked`.
+    arrivals: [SPLIT_TILES] int32 zeros, where the programs that share a sum on CUDA count themselves; None on the CPU.
     """
 
     data: Tensor
     n: int
     k: int
     blocked: bool
+    arrivals: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -38,9 +44,11 @@ class LinearWeight:
 def pack_weight(weight: Tensor) -> LinearWeight:
     """Lay out weight [n, k] (fp32, bf16 or fp16) for `linear` on its own device. The caller drops its own reference."""
     n, k = weight.shape
+    if runs_triton(weight.device):
+        arrivals = torch.zeros(SPLIT_TILES, dtype=torch.int32, device=weight.device)
+        return LinearWeight(weight.contiguous(), n, k, False, arrivals)
     blocked = (
-        weight.device.type == "cpu"
-        and weight.numel() * weight.dtype.itemsize >= _PACK_BYTES
+        weight.numel() * weight.dtype.itemsize >= _PACK_BYTES
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     )

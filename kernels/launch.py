@@ -1,0 +1,63 @@
+"""Where a call runs, which card its kernel is made for, and the checks every kernel's wrapper makes before it launches.
+
+This is the one file that asks whether triton is there (it exists for Linux only); the kernel files import it plainly
+and are imported only where it is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    from triton.runtime.driver import driver
+
+# Triton's interpreter runs kernels on CPU tensors, for tests. Triton reads the variable once, when it is imported.
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Do operations on this device run as Triton kernels, rather than as their plain-torch twins?"""
+    return device.type != "cpu" or INTERPRET
+
+
+def gpu_arch() -> int:
+    """The architecture of the card a launch goes to: 80, 90, 100 ... The interpreter runs what sm_90 would run."""
+    return 90 if INTERPRET else int(driver.active.get_current_target().arch)
+
+
+def expect(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: torch.dtype | tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    """A ValueError that names the argument unless it is a contiguous tensor like that. None in shape: any size."""
+    if tensor.dim() != len(shape) or any(
+        want is not None and want != n for want, n in zip(shape, tensor.shape, strict=True)
+    ):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
+    if tensor.dtype not in (dtypes if isinstance(dtypes, tuple) else (dtypes,)):
+        raise ValueError(f"{name}: expected dtype {dtypes}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(tensor.stride())}")
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two >= n: the only lengths a Triton tile can have."""
+    return 1 << (n - 1).bit_length()
+
+
+def cdiv(n: int, by: int) -> int:
+    """How many tiles of `by` cover n."""
+    return -(-n // by)

@@ -1,0 +1,141 @@
+"""x @ weight.T, summed in fp32: one kernel for any number of rows.
+
+The bits of an output do not depend on the number of rows: it is one accumulator over ascending k, sixteen products at a
+time, which the matrix units of Hopper and Blackwell add alike in every instruction (arXiv 2511.10909). Tiles, stages
+and warps are therefore free. A weight is never split along k for some row counts only; `batch_invariant=False` gives
+that up, for split sums at a few rows and for torch.matmul at many.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import FLOATS, cdiv, expect
+from kernels.linear_weight import LinearWeight
+from kernels.tiles import card, matmul_tile, split_k
+
+_GROUP = 8
+
+
+@triton.jit
+def tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Walk the tiles in bands of GROUP row tiles, so that neighbours share x and the weight in L2."""
+    row_tiles = tl.cdiv(M, BLOCK_M)
+    band = GROUP * tl.cdiv(N, BLOCK_N)
+    first = program // band * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    return first + program % band % height, program % band // height
+
+
+@triton.jit(do_not_specialize=["M"])
+def matmul_kernel(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    part_ptr,
+    arrival_ptr,
+    M,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    FEW: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """grid (tiles, SPLIT).
+
+    EVEN_K: BLOCK_K divides K, so k needs no mask; true of every Llama-2. FEW: rows past M cost no traffic (masked
+    loads); otherwise they re-read row 0, so that no load has a mask. Columns past N always re-read row 0 of the weight.
+    Neither is stored. SPLIT > 1: the last program of a tile to arrive adds the parts in their order.
+    """
+    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)[None, :]
+    live = offs_m[:, None] < M
+    read_m = offs_m if FEW else tl.where(offs_m < M, offs_m, 0)
+    x_at = x_ptr + read_m[:, None].to(tl.int64) * K + offs_k
+    weight_at = weight_ptr + tl.where(offs_n < N, offs_n, 0)[:, None].to(tl.int64) * K + offs_k
+    begin, end = 0, K
+    if SPLIT > 1:
+        span = tl.cdiv(K, BLOCK_K * SPLIT) * BLOCK_K
+        begin = tl.program_id(1) * span
+        end = tl.minimum(begin + span, K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+        if EVEN_K:
+            weight = tl.load(weight_at + k)
+            x = tl.load(x_at + k, mask=live, other=0.0) if FEW else tl.load(x_at + k)
+        else:
+            inside = k + offs_k < K
+            weight = tl.load(weight_at + k, mask=inside, other=0.0)
+            x = tl.load(x_at + k, mask=live & inside, other=0.0)
+        # "ieee" keeps fp32 operands fp32; without it they are rounded to tf32.
+        acc = tl.dot(x, weight.T, acc, input_precision="ieee")
+
+    stored = live & (offs_n[None, :] < N)
+    at = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+    if SPLIT == 1:
+        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=stored)
+    else:
+        part = M.to(tl.int64) * N
+        tl.store(part_ptr + tl.program_id(1) * part + at, acc, mask=stored)
+        tl.debug_barrier()  # every thread's stores come before the release
+        arrival_at = arrival_ptr + tl.program_id(0)
+        if tl.atomic_add(arrival_at, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
+            total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for split in tl.static_range(SPLIT):
+                total += tl.load(part_ptr + split * part + at, mask=stored, other=0.0, cache_modifier=".cg")
+            tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=stored)
+            tl.store(arrival_at, 0)  # ready for the next launch
+
+
+def linear(x: Tensor, weight: LinearWeight, *, batch_invariant: bool = False) -> Tensor:
+    """As its twin. batch_invariant=False: torch.matmul for many rows, split sums for a few."""
+    expect("x", x, (None, weight.k), FLOATS, x.device)
+    expect("weight", weight.data, (weight.n, weight.k), x.dtype, x.device)
+    if not batch_invariant and len(x) >= card().library_rows:
+        return x @ weight.data.T
+    out = torch.empty((len(x), weight.n), dtype=x.dtype, device=x.device)
+    if len(x):
+        launch_matmul(x, weight, out, split=not batch_invariant)
+    return out
+
+
+def launch_matmul(x: Tensor, weight: LinearWeight, out: Tensor, *, split: bool) -> None:
+    """The launch behind `linear`; out may be of another dtype than x (tests ask for equal bits of fp32 sums)."""
+    rows = len(x)
+    tile = matmul_tile(card(), rows, weight.n, x.dtype == torch.float32)
+    tiles = cdiv(rows, tile.block_m) * cdiv(weight.n, tile.block_n)
+    splits = split_k(card(), tiles, weight.k, tile.block_k) if split else 1
+    part, arrivals = out, weight.arrivals  # without a split nothing reads them; any pointers do
+    if splits > 1:
+        part = torch.empty((splits, rows, weight.n), dtype=torch.float32, device=x.device)
+        arrivals = weight.arrivals
+    matmul_kernel[(tiles, splits)](
+        x,
+        weight.data,
+        out,
+        part,
+        arrivals,
+        rows,
+        weight.n,
+        weight.k,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        EVEN_K=weight.k % tile.block_k == 0,
+        FEW=rows <= 256 and tile.block_m <= 64,
+        GROUP=_GROUP,
+        SPLIT=splits,
+        STAGES=tile.stages,
+        num_warps=tile.warps,
+    )

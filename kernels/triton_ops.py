@@ -1,0 +1,22 @@
+"""The operations as Triton kernels, under the names of their twins in `reference`. Imported only where triton is."""
+
+from __future__ import annotations
+
+from kernels.attention import paged_attention
+from kernels.matmul import linear
+from kernels.rms_norm import rms_norm
+from kernels.rope_cache import rope_write
+from kernels.sample import adjust_logits, sample, token_logprobs, uniform
+from kernels.swiglu import swiglu
+
+__all__ = [
+    "adjust_logits",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rope_write",
+    "sample",
+    "swiglu",
+    "token_logprobs",
+    "uniform",
+]

@@ -1,0 +1,116 @@
+"""What the kernel tests on the interpreter and on a GPU share: exact references, the tolerance rule, paged caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.attention_plan import AttentionPlan, plan_cpu, plan_triton
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_GUARD = 64
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A copy with NaN (or the worst integer) on both sides: a read past either end shows in the result."""
+    worst = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 2
+    whole = torch.full((tensor.numel() + 2 * _GUARD,), worst, dtype=tensor.dtype, device=tensor.device)
+    whole[_GUARD:-_GUARD] = tensor.reshape(-1)
+    return whole[_GUARD:-_GUARD].view(tensor.shape)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    """Guarded random numbers."""
+    return guarded(torch.randn(*shape, device=device).to(dtype))
+
+
+def error(out: Tensor, exact: Tensor) -> float:
+    """The worst row's relative error, exact being float64; NaN stays NaN and fails every comparison."""
+    out, exact = out.double().flatten(0, -2), exact.double().flatten(0, -2)
+    return ((out - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)).max().item()
+
+
+def check(out: Tensor, twin: Tensor, exact: Tensor) -> None:
+    """The tolerance rule: at most twice the error of plain torch in the same dtype. An ulp of fp32 is forgiven."""
+    assert out.dtype == twin.dtype and out.shape == twin.shape
+    mine, theirs = error(out, exact), error(twin, exact)
+    assert mine <= 2 * theirs + 2.0**-23, f"error {mine:.3e}, plain torch {theirs:.3e}"
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Sequences in a paged cache. Blocks are shuffled; whatever no sequence owns is NaN."""
+
+    k: Tensor
+    v: Tensor
+    tables: np.ndarray
+    seqlens_k: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        seqlens_k: list[int],
+        n_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: str = "cpu",
+    ) -> Paged:
+        used = [-(-n // block_size) for n in seqlens_k]
+        n_blocks = sum(used) + 2
+        order = np.random.default_rng(0).permutation(n_blocks).astype(np.int32)
+        shape = (n_blocks, block_size, n_kv_heads, head_dim)
+        k, v = (torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(2))
+        tables = np.full((len(seqlens_k), max(used) + 1), order[-1], np.int32)
+        given = 0
+        for s, (n, blocks) in enumerate(zip(seqlens_k, used, strict=True)):
+            tables[s, :blocks] = order[given : given + blocks]
+            given += blocks
+            at = np.arange(n)
+            rows = torch.from_numpy(tables[s, at // block_size].astype(np.int64) * block_size + at % block_size)
+            for cache in (k, v):
+                flat = cache.view(-1, n_kv_heads, head_dim)
+                flat[rows.to(device)] = torch.randn(n, n_kv_heads, head_dim, device=device).to(dtype)
+        return cls(guarded(k), guarded(v), tables, np.array(seqlens_k, np.int32))
+
+    def plan(self, n_queries: list[int], at: list[int] | None = None, batch_invariant: bool = False) -> AttentionPlan:
+        """The last n queries of each sequence, which ends at position `at` (the whole of it by default)."""
+        seqlens_k = self.seqlens_k if at is None else np.array(at, np.int32)
+        cu = np.concatenate(([0], np.cumsum(n_queries))).astype(np.int32)
+        device = self.k.device
+        tables = self.tables[: len(n_queries)]
+        cpu = None
+        if device.type == "cpu":
+            cpu = plan_cpu(cu, seqlens_k, tables, self.k.shape[1], batch_invariant)
+        return AttentionPlan(
+            torch.from_numpy(cu).to(device),
+            torch.from_numpy(seqlens_k).to(device),
+            guarded(torch.from_numpy(tables)).to(device),
+            max(n_queries),
+            int(seqlens_k.max()),
+            cpu,
+            plan_triton(cu, seqlens_k, device),
+        )
+
+    def only(self, s: int) -> Paged:
+        """The sequence s alone, in the same cache."""
+        return replace(self, tables=self.tables[s : s + 1], seqlens_k=self.seqlens_k[s : s + 1])
+
+    def exact(self, q: Tensor, n_queries: list[int], scale: float) -> Tensor:
+        """Attention of the last n queries of each sequence, in float64."""
+        out = []
+        group = q.shape[1] // self.k.shape[2]
+        for s, part in enumerate(q.double().split(n_queries)):
+            n, blocks = int(self.seqlens_k[s]), torch.from_numpy(self.tables[s].astype(np.int64)).to(q.device)
+            k, v = (
+                c[blocks].flatten(0, 1)[:n].double().repeat_interleave(group, 1).transpose(0, 1)
+                for c in (self.k, self.v)
+            )
+            scores = part.transpose(0, 1) @ k.transpose(1, 2) * scale
+            positions = torch.arange(n - len(part), n, device=q.device)
+            hidden = torch.arange(n, device=q.device) > positions[:, None]
+            out.append((scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1))
+        return torch.cat(out)
