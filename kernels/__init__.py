@@ -1,7 +1,7 @@
 """The operations of a Llama-2 step, on tensors. This package knows no model, no sequence and no HTTP.
 
 Every operation has a plain-torch twin of the same signature in `reference`. This file is the one place where an
-operation picks its implementation, by the device of its tensors.
+operation picks its implementation, by the device of its tensors: the Triton kernel on CUDA, the twin on the CPU.
 
 `batch_invariant=True` promises that the bits of a row depend on that row's own tokens only: not on the other rows, not
 on how many there are, not on how a sequence was cut into chunks.
@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.attention_plan import AttentionPlan, plan_cpu
+from kernels.attention_plan import AttentionPlan, plan_cpu, plan_triton
+from kernels.launch import HAS_TRITON, runs_triton
 from kernels.linear_weight import LinearWeight, pack_weight
+
+if HAS_TRITON:
+    from kernels import triton_ops
 
 __all__ = [
     "AttentionPlan",
@@ -43,16 +47,22 @@ def rms_norm(
     x, residual: [rows, dim] fp32, bf16 or fp16. weight: [dim]. Statistics in fp32, after rounding the sum to x's dtype.
     Returns (normed, sum), both [rows, dim] of x's dtype; without a residual the sum is x itself.
     """
+    if runs_triton(x.device):
+        return triton_ops.rms_norm(x, weight, eps, residual, batch_invariant=batch_invariant)
     return reference.rms_norm(x, weight, eps, residual, batch_invariant=batch_invariant)
 
 
 def linear(x: Tensor, weight: LinearWeight, *, batch_invariant: bool = False) -> Tensor:
     """x @ weight.T, summed in fp32. x: [rows, k]; returns [rows, n] of x's dtype."""
+    if runs_triton(x.device):
+        return triton_ops.linear(x, weight, batch_invariant=batch_invariant)
     return reference.linear(x, weight, batch_invariant=batch_invariant)
 
 
 def swiglu(gate_up: Tensor, *, batch_invariant: bool = False) -> Tensor:
     """silu(gate) * up (arXiv 2002.05202). gate_up: [rows, 2 * ffn], gate first. Returns [rows, ffn]."""
+    if runs_triton(gate_up.device):
+        return triton_ops.swiglu(gate_up, batch_invariant=batch_invariant)
     return reference.swiglu(gate_up, batch_invariant=batch_invariant)
 
 
@@ -71,10 +81,13 @@ def rope_write(
     """Rotate q and k to their positions and write k and v into their rows of the cache.
 
     qkv: [rows, (n_heads + 2 * n_kv_heads) * head_dim], q then k then v. cos_sin: from `rope_table`.
-    positions: [rows] int64. kv_index: [rows] int64, flat cache row = block * block_size + offset, all different.
+    positions: [rows] int64. kv_index: [rows] int64, flat cache row = block * block_size + offset, all different. On
+    CUDA, -1 marks a padding row of a captured graph, which writes nothing.
     k_cache, v_cache: [num_blocks, block_size, n_kv_heads, head_dim], written in place.
     Returns q rotated, [rows, n_heads, head_dim].
     """
+    if runs_triton(qkv.device):
+        return triton_ops.rope_write(qkv, cos_sin, positions, kv_index, k_cache, v_cache, n_heads)
     return reference.rope_write(qkv, cos_sin, positions, kv_index, k_cache, v_cache, n_heads)
 
 
@@ -90,18 +103,18 @@ def plan_attention(
     """Lay out one step for `paged_attention`; built once, read by every layer.
 
     cu_seqlens_q: [n_seqs + 1] int32. seqlens_k: [n_seqs] int32 >= 1. block_tables: [n_seqs, width] int32.
-    All on the host.
+    All on the host. For a graph to capture, plan the longest lengths it will serve, one query each: replays may then
+    overwrite the plan's tensors with shorter ones, and with length 0 for padding rows.
     """
-    cpu = None
-    if device.type == "cpu":
-        cpu = plan_cpu(cu_seqlens_q, seqlens_k, block_tables, block_size, batch_invariant)
+    on_cpu = not runs_triton(device)
     return AttentionPlan(
         torch.from_numpy(cu_seqlens_q).to(device),
         torch.from_numpy(seqlens_k).to(device),
         torch.from_numpy(block_tables).to(device),
         int(np.diff(cu_seqlens_q).max()),
         int(seqlens_k.max()),
-        cpu,
+        plan_cpu(cu_seqlens_q, seqlens_k, block_tables, block_size, batch_invariant) if on_cpu else None,
+        None if on_cpu else plan_triton(cu_seqlens_q, seqlens_k, device),
     )
 
 
@@ -114,6 +127,8 @@ def paged_attention(
     [num_blocks, block_size, n_kv_heads, head_dim]; n_heads a multiple of n_kv_heads. scale: usually head_dim ** -0.5.
     Returns [rows, n_heads, head_dim] of q's dtype. Cache rows past the end of a sequence are never read into a result.
     """
+    if runs_triton(q.device):
+        return triton_ops.paged_attention(q, k_cache, v_cache, plan, scale, batch_invariant=batch_invariant)
     return reference.paged_attention(q, k_cache, v_cache, plan, scale, batch_invariant=batch_invariant)
 
 
@@ -125,7 +140,10 @@ def adjust_logits(
     logits: [rows, vocab] fp32. The others: [entries], one per touched logit, each (row, token) at most once: rows and
     token_ids int64, bias (-inf bans), repetition (CTRL, arXiv 1909.05858; 1 = none) and subtract fp32.
     """
-    reference.adjust_logits(logits, rows, token_ids, bias, repetition, subtract)
+    if runs_triton(logits.device):
+        triton_ops.adjust_logits(logits, rows, token_ids, bias, repetition, subtract)
+    else:
+        reference.adjust_logits(logits, rows, token_ids, bias, repetition, subtract)
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, n_top: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,6 +151,8 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, n_top: int) -> tuple[Tenso
 
     logits: [rows, vocab] fp32. token_ids: [rows] int64. Returns [rows] fp32, [rows, n_top] int64, [rows, n_top] fp32.
     """
+    if runs_triton(logits.device):
+        return triton_ops.token_logprobs(logits, token_ids, n_top)
     return reference.token_logprobs(logits, token_ids, n_top)
 
 
@@ -141,6 +161,8 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
 
     The 64-bit seed is the key, the position the counter. seeds, positions: [rows] int64. Returns [rows] fp32.
     """
+    if runs_triton(seeds.device):
+        return triton_ops.uniform(seeds, positions)
     return reference.uniform(seeds, positions)
 
 
@@ -154,4 +176,6 @@ def sample(
     min_p: [rows] fp32, relative to the best token. uniforms: [rows] fp32 in [0, 1).
     Returns [rows] int64; -1 for a row whose best logit is not finite.
     """
+    if runs_triton(logits.device):
+        return triton_ops.sample(logits, temperature, top_k, top_p, min_p, uniforms)
     return reference.sample(logits, temperature, top_k, top_p, min_p, uniforms)

@@ -13,7 +13,8 @@ from kernels.launch import FLOATS, cdiv, expect, next_power_of_2
 _BLOCK_HEADS = 32  # fewer heads per program lose the 128-bit stores
 
 
-@triton.jit
+# Positions and cache rows are slices of one buffer, aligned or not as the row count falls: one program serves both.
+@triton.jit(do_not_specialize_on_alignment=["position_ptr", "kv_index_ptr"])
 def rope_write_kernel(
     qkv_ptr,
     cos_sin_ptr,

@@ -17,21 +17,23 @@ from kernels.launch import cdiv, expect, next_power_of_2
 
 _ENTRIES = 128
 ONE_BITS = tl.constexpr(0x3F800000)  # 1.0 as an integer; floats >= 0 are ordered as their bits are
-PROB_BITS = tl.constexpr(30)  # of the numbers in [0, 1]
+TOP_BIT = tl.constexpr(1 << 29)  # the highest that a number in [0, 1] has
 
 
 @triton.jit
 def threshold(bits, weight, goal):
     """The largest t for which the weights of the entries with bits >= t add up to goal or more; 0 if there is none."""
     found = 0
-    for step in range(PROB_BITS):
-        t = found | (1 << (PROB_BITS - 1 - step))
+    bit = TOP_BIT
+    while bit > 0:
+        t = found + bit
         found = tl.where(tl.sum(tl.where(bits >= t, weight, 0.0), 0) >= goal, t, found)
+        bit = bit // 2
     return found
 
 
 @triton.jit
-def draw(x, best, ids, temperature, top_k, top_p, min_p, u, ID_BITS: tl.constexpr):
+def draw(x, best, ids, temperature, top_k, top_p, min_p, u):
     """A token of the filtered distribution, by inverse transform in order of ids. x: the row, -inf past its end."""
     # The best logit is taken off first, so that a tiny temperature cannot overflow: its probability, not normed, is 1.
     prob = tl.exp((x - best) / temperature)
@@ -55,9 +57,11 @@ def draw(x, best, ids, temperature, top_k, top_p, min_p, u, ID_BITS: tl.constexp
     below_total = (total.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
     wanted = tl.minimum(u * total, below_total)
     token = 0
-    for step in range(ID_BITS):
-        t = token | (1 << (ID_BITS - 1 - step))
+    bit = x.shape[0] // 2
+    while bit > 0:
+        t = token + bit
         token = tl.where(tl.sum(tl.where(ids < t, prob, 0.0), 0) <= wanted, t, token)
+        bit = bit // 2
     return token
 
 
@@ -72,9 +76,8 @@ def sample_kernel(
     out_ptr,
     V,
     BLOCK: tl.constexpr,
-    ID_BITS: tl.constexpr,
 ):
-    """grid (rows,); BLOCK = 2 ** ID_BITS >= V."""
+    """grid (rows,); BLOCK >= V."""
     row = tl.program_id(0).to(tl.int64)
     ids = tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + row * V + ids, mask=ids < V, other=-float("inf"))
@@ -84,7 +87,7 @@ def sample_kernel(
     if temperature > 0:
         top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
         min_p, u = tl.load(min_p_ptr + row), tl.load(uniform_ptr + row)
-        token = draw(x, best, ids, temperature, top_k, top_p, min_p, u, ID_BITS)
+        token = draw(x, best, ids, temperature, top_k, top_p, min_p, u)
     # tl.max skips NaN; inf - inf is NaN
     broken = (tl.sum((x != x).to(tl.int32), 0) > 0) | (best - best != 0)
     tl.store(out_ptr + row, tl.where(broken, -1, token).to(tl.int64))
@@ -106,7 +109,7 @@ def sample(
         block = next_power_of_2(vocab)
         sample_kernel[(rows,)](
             logits, temperature, top_k, top_p, min_p, uniforms, out, vocab,
-            BLOCK=block, ID_BITS=block.bit_length() - 1, num_warps=_warps(block),
+            BLOCK=block, num_warps=_warps(block),
         )  # fmt: skip
     return out
 
