@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from llama.blocks import BlockPool, block_key, root_key
 from llama.sequence import FinishReason, Sequence
 
-# A sequence preempted this often comes back only with blocks for its whole remaining length.
+# A sequence preempted this often comes back only with blocks for its whole remaining length, and then stays.
 MAX_PREEMPTIONS = 3
 
 
@@ -151,7 +151,9 @@ class Scheduler:
         whole = seq.preemptions >= MAX_PREEMPTIONS
         wanted = self.pool.blocks_for(seq.max_len if whole else len(seq.token_ids))
         missing = wanted - len(seq.block_table)
-        if missing > self.pool.n_free:
+        # Nor may those before it need its blocks as they grow, or it would be preempted once more.
+        spare = sum(self.pool.blocks_for(s.max_len) - len(s.block_table) for s in self.running) if whole else 0
+        if missing + spare > self.pool.n_free:
             self._release(seq)
             seq.num_computed = 0
             return None
