@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ class ModelConfig:
                 raise ConfigError(name, value, f"must be a whole number from 1 to {ceiling}")
         for name in ("norm_eps", "rope_theta", "rope_scale"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ConfigError(name, value, "must be a number above 0")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
+                raise ConfigError(name, value, "must be a number above 0 and below 1e18")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError("n_kv_heads", self.n_kv_heads, f"must divide n_heads={self.n_heads}")
         if self.head_dim % 2:
@@ -153,8 +153,9 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
     n_heads = raw["num_attention_heads"]
     head_dim = raw.get("head_dim")
     if head_dim is None:
-        if type(n_heads) is not int or n_heads < 1 or type(raw["hidden_size"]) is not int:
-            raise ConfigError("num_attention_heads", n_heads, "must be a whole number of at least 1")
+        for name in ("hidden_size", "num_attention_heads"):
+            if type(raw[name]) is not int or raw[name] < 1:
+                raise ConfigError(name, raw[name], "must be a whole number of at least 1")
         if raw["hidden_size"] % n_heads:
             raise ConfigError("num_attention_heads", n_heads, f"must divide hidden_size={raw['hidden_size']}")
         head_dim = raw["hidden_size"] // n_heads
@@ -188,8 +189,13 @@ def from_meta(raw: dict[str, Any]) -> ModelConfig:
     dim, multiple = raw["dim"], raw.get("multiple_of", 256)
     if type(multiple) is not int or multiple < 1:
         raise ConfigError("multiple_of", multiple, "must be a whole number of at least 1")
+    if dim % raw["n_heads"]:
+        raise ConfigError("n_heads", raw["n_heads"], f"must divide dim={dim}")
+    factor = 1.0 if raw.get("ffn_dim_multiplier") is None else raw["ffn_dim_multiplier"]
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e6:
+        raise ConfigError("ffn_dim_multiplier", factor, "must be a number above 0 and below 1e6")
     # The feed-forward width as in Meta's own model code: 2/3 of 4 * dim, times the multiplier, rounded up.
-    ffn_dim = int((raw.get("ffn_dim_multiplier") or 1.0) * int(2 * 4 * dim / 3))
+    ffn_dim = int(factor * (2 * 4 * dim // 3))
     n_kv_heads = raw.get("n_kv_heads")
     return ModelConfig(
         dim=dim,
@@ -251,7 +257,11 @@ class EngineConfig:
                 raise ConfigError(name, value, "must be a whole number of at least 1, or None")
         if self.dtype not in ("auto", *DTYPES):
             raise ConfigError("dtype", self.dtype, f"must be 'auto' or one of {', '.join(DTYPES)}")
-        if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
+        for name in ("prefix_cache", "batch_invariant"):
+            value = getattr(self, name)
+            if type(value) is not bool and not (value is None and name == "batch_invariant"):
+                raise ConfigError(name, value, "must be True or False")
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", self.device):
             raise ConfigError("device", self.device, "must be 'auto', 'cpu', 'cuda' or 'cuda:N'")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from llama.config import Limits
 from llama.errors import ContextLengthExceeded, InvalidRequest
@@ -35,8 +36,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
-    stop: Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: Collection[str] = ()
+    stop_token_ids: Collection[int] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
@@ -62,17 +63,20 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, Limits.logprobs)
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if len(self.stop) > Limits.stop:
-            raise InvalidRequest("stop", len(self.stop), f"at most {Limits.stop} stop strings")
+        if type(self.ignore_eos) is not bool:
+            raise InvalidRequest("ignore_eos", self.ignore_eos, "must be True or False")
+        # Copies: what was checked is what the engine thread will read.
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", _items("stop", stop, Limits.stop))
         for text in self.stop:
             if not isinstance(text, str) or not 1 <= len(text) <= Limits.stop_chars:
                 raise InvalidRequest("stop", text, f"a stop string has 1 to {Limits.stop_chars} characters")
-        if len(self.stop_token_ids) > Limits.stop_token_ids:
-            raise InvalidRequest("stop_token_ids", len(self.stop_token_ids), f"at most {Limits.stop_token_ids} ids")
+        object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids, Limits.stop_token_ids))
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidRequest("logit_bias", self.logit_bias, "must be a mapping from token id to number")
         if len(self.logit_bias) > Limits.logit_bias:
             raise InvalidRequest("logit_bias", len(self.logit_bias), f"at most {Limits.logit_bias} entries")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         for value in self.logit_bias.values():
             _number("logit_bias", value, -100, 100)
 
@@ -137,6 +141,14 @@ def check_request(request: Request, vocab_size: int, max_seq_len: int, max_cache
         )
         if min(longest, max_seq_len) > max_cached:
             raise ContextLengthExceeded(min(longest, max_seq_len), max_cached, "the KV cache")
+
+
+def _items(name: str, value: object, most: int) -> tuple[Any, ...]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
+        raise InvalidRequest(name, value, "must be a list")
+    if len(value) > most:
+        raise InvalidRequest(name, len(value), f"at most {most} entries")
+    return tuple(value)
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:
