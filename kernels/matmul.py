@@ -22,10 +22,9 @@ _GROUP = 8
 
 
 @triton.jit
-def tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+def in_bands(program, row_tiles, column_tiles, GROUP: tl.constexpr):
     """Walk the tiles in bands of GROUP row tiles, so that neighbours share x and the weight in L2."""
-    row_tiles = tl.cdiv(M, BLOCK_M)
-    band = GROUP * tl.cdiv(N, BLOCK_N)
+    band = GROUP * column_tiles
     first = program // band * GROUP
     height = tl.minimum(row_tiles - first, GROUP)
     return first + program % band % height, program % band // height
@@ -50,13 +49,16 @@ def matmul_kernel(
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """grid (tiles, SPLIT).
+    """grid (column tiles, row tiles, SPLIT).
 
     EVEN_K: BLOCK_K divides K, so k needs no mask; true of every Llama-2. FEW: rows past M cost no traffic (masked
     loads); otherwise they re-read row 0, so that no load has a mask. Columns past N always re-read row 0 of the weight.
     Neither is stored. SPLIT > 1: the last program of a tile to arrive adds the parts in their order.
     """
-    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
+    tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if not FEW:
+        column_tiles = tl.num_programs(0)
+        tile_m, tile_n = in_bands(tile_m * column_tiles + tile_n, tl.num_programs(1), column_tiles, GROUP)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)[None, :]
@@ -67,7 +69,7 @@ def matmul_kernel(
     begin, end = 0, K
     if SPLIT > 1:
         span = tl.cdiv(K, BLOCK_K * SPLIT) * BLOCK_K
-        begin = tl.program_id(1) * span
+        begin = split * span
         end = tl.minimum(begin + span, K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
@@ -87,13 +89,13 @@ def matmul_kernel(
         tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=stored)
     else:
         part = M.to(tl.int64) * N
-        tl.store(part_ptr + tl.program_id(1) * part + at, acc, mask=stored)
+        tl.store(part_ptr + split * part + at, acc, mask=stored)
         tl.debug_barrier()  # every thread's stores come before the release
-        arrival_at = arrival_ptr + tl.program_id(0)
+        arrival_at = arrival_ptr + tile_m * tl.num_programs(0) + tile_n
         if tl.atomic_add(arrival_at, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
             total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for split in tl.static_range(SPLIT):
-                total += tl.load(part_ptr + split * part + at, mask=stored, other=0.0, cache_modifier=".cg")
+            for s in tl.static_range(SPLIT):
+                total += tl.load(part_ptr + s * part + at, mask=stored, other=0.0, cache_modifier=".cg")
             tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=stored)
             tl.store(arrival_at, 0)  # ready for the next launch
 
@@ -102,6 +104,8 @@ def linear(x: Tensor, weight: LinearWeight, *, batch_invariant: bool = False) ->
     """As its twin. batch_invariant=False: torch.matmul for many rows, split sums for a few."""
     expect("x", x, (None, weight.k), FLOATS, x.device)
     expect("weight", weight.data, (weight.n, weight.k), x.dtype, x.device)
+    if weight.arrivals is None:
+        raise ValueError(f"weight: expected one that pack_weight made on {x.device}, got one without counters")
     if not batch_invariant and len(x) >= card().library_rows:
         return x @ weight.data.T
     out = torch.empty((len(x), weight.n), dtype=x.dtype, device=x.device)
@@ -114,18 +118,17 @@ def launch_matmul(x: Tensor, weight: LinearWeight, out: Tensor, *, split: bool) 
     """The launch behind `linear`; out may be of another dtype than x (tests ask for equal bits of fp32 sums)."""
     rows = len(x)
     tile = matmul_tile(card(), rows, weight.n, x.dtype == torch.float32)
-    tiles = cdiv(rows, tile.block_m) * cdiv(weight.n, tile.block_n)
-    splits = split_k(card(), tiles, weight.k, tile.block_k) if split else 1
-    part, arrivals = out, weight.arrivals  # without a split nothing reads them; any pointers do
+    row_tiles, column_tiles = cdiv(rows, tile.block_m), cdiv(weight.n, tile.block_n)
+    splits = split_k(card(), tile, row_tiles * column_tiles, weight.k) if split else 1
+    part = out  # without a split nothing reads it; any pointer does
     if splits > 1:
         part = torch.empty((splits, rows, weight.n), dtype=torch.float32, device=x.device)
-        arrivals = weight.arrivals
-    matmul_kernel[(tiles, splits)](
+    matmul_kernel[(column_tiles, row_tiles, splits)](
         x,
         weight.data,
         out,
         part,
-        arrivals,
+        weight.arrivals,
         rows,
         weight.n,
         weight.k,

@@ -83,13 +83,13 @@ def sample_kernel(
     x = tl.load(logits_ptr + row * V + ids, mask=ids < V, other=-float("inf"))
     best = tl.max(x, 0)
     token = tl.min(tl.where(x == best, ids, BLOCK), 0)  # the lowest id among equals
+    # tl.max skips NaN; inf - inf is NaN
+    broken = (tl.sum((x != x).to(tl.int32), 0) > 0) | (best - best != 0)
     temperature = tl.load(temperature_ptr + row)
     if temperature > 0:
         top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
         min_p, u = tl.load(min_p_ptr + row), tl.load(uniform_ptr + row)
         token = draw(x, best, ids, temperature, top_k, top_p, min_p, u)
-    # tl.max skips NaN; inf - inf is NaN
-    broken = (tl.sum((x != x).to(tl.int32), 0) > 0) | (best - best != 0)
     tl.store(out_ptr + row, tl.where(broken, -1, token).to(tl.int64))
 
 
@@ -119,17 +119,16 @@ def token_logprobs_kernel(logits_ptr, token_ptr, chosen_ptr, top_ids_ptr, top_pt
     """grid (rows,). The best ones one after another: the largest logit that is left, the lowest id among equals."""
     row = tl.program_id(0).to(tl.int64)
     ids = tl.arange(0, BLOCK)
-    left = ids < V
-    x = tl.load(logits_ptr + row * V + ids, mask=left, other=-float("inf"))
+    x = tl.load(logits_ptr + row * V + ids, mask=ids < V, other=-float("inf"))
     best = tl.max(x, 0)
     log_total = tl.log(tl.sum(tl.exp(x - best), 0))
     token = tl.maximum(tl.load(token_ptr + row), 0)
     tl.store(chosen_ptr + row, tl.load(logits_ptr + row * V + token) - best - log_total)
     for rank in range(n_top):
-        top = tl.max(tl.where(left, x, -float("inf")), 0)
+        top = tl.max(x, 0)
         # In a row of NaN nothing equals top: any id will do, as long as it is one.
-        top_id = tl.minimum(tl.min(tl.where(left & (x == top), ids, BLOCK), 0), V - 1)
-        left = left & (ids != top_id)
+        top_id = tl.minimum(tl.min(tl.where(x == top, ids, BLOCK), 0), V - 1)
+        x = tl.where(ids == top_id, float("nan"), x)  # which tl.max skips
         tl.store(top_ids_ptr + row * n_top + rank, top_id.to(tl.int64))
         tl.store(top_ptr + row * n_top + rank, top - best - log_total)
 

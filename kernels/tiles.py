@@ -59,7 +59,7 @@ class Card:
 _FEW_ROWS = (
     (4, MatmulTile(16, 16, 256, 5, 2), MatmulTile(16, 32, 128, 5, 4)),
     (16, MatmulTile(16, 32, 256, 4, 4), MatmulTile(16, 64, 128, 4, 4)),
-    (32, MatmulTile(32, 32, 128, 5, 4), MatmulTile(32, 64, 128, 4, 4)),
+    (32, MatmulTile(32, 32, 128, 5, 4), MatmulTile(32, 64, 128, 4, 8)),
     (64, MatmulTile(64, 32, 128, 3, 4), MatmulTile(64, 64, 128, 3, 4)),
 )
 _HOPPER = Card(
@@ -112,12 +112,14 @@ def _tiles(tile: MatmulTile, rows: int, n: int) -> int:
     return cdiv(rows, tile.block_m) * cdiv(n, tile.block_n)
 
 
-def split_k(card: Card, tiles: int, k: int, block_k: int) -> int:
+def split_k(card: Card, tile: MatmulTile, tiles: int, k: int) -> int:
     """How many programs share the sum of one tile, so that two programs find work on every SM: 1, 2 or 4.
 
-    Each part keeps at least 1024 of k, or its pipeline would hardly start.
+    Each part keeps at least 1024 of k, or its pipeline would hardly start; with many rows the parts themselves weigh.
     """
     splits = 1
-    while splits < 4 and tiles * splits < 2 * card.sms and k >= 2048 * splits and k % (2 * splits * block_k) == 0:
+    while splits < 4 and tile.block_m <= 32 and tiles * splits < 2 * card.sms:
+        if k < 2048 * splits or k % (2 * splits * tile.block_k):
+            break
         splits *= 2
     return splits

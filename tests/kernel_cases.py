@@ -33,11 +33,11 @@ def error(out: Tensor, exact: Tensor) -> float:
     return ((out - exact).norm(dim=-1) / exact.norm(dim=-1).clamp(min=1e-30)).max().item()
 
 
-def check(out: Tensor, twin: Tensor, exact: Tensor) -> None:
+def check(out: Tensor, twin: Tensor, exact: Tensor, forgiven: float = 2.0**-23) -> None:
     """The tolerance rule: at most twice the error of plain torch in the same dtype. An ulp of fp32 is forgiven."""
     assert out.dtype == twin.dtype and out.shape == twin.shape
     mine, theirs = error(out, exact), error(twin, exact)
-    assert mine <= 2 * theirs + 2.0**-23, f"error {mine:.3e}, plain torch {theirs:.3e}"
+    assert mine <= 2 * theirs + forgiven, f"error {mine:.3e}, plain torch {theirs:.3e}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Paged:
         device = self.k.device
         tables = self.tables[: len(n_queries)]
         cpu = None
-        if device.type == "cpu":
+        if device.type == "cpu" and seqlens_k.min() > 0:
             cpu = plan_cpu(cu, seqlens_k, tables, self.k.shape[1], batch_invariant)
         return AttentionPlan(
             torch.from_numpy(cu).to(device),
