@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama.config import EngineConfig, Limits, ModelConfig
-    from llama.engine import Completion, Engine
+    from llama.engine import Completion, Engine, EngineStats
     from llama.request import Request, SamplingParams
     from llama.sequence import FinishReason
     from llama.stream import Delta, Stream
@@ -22,6 +22,7 @@ _HOMES = {
     "Delta": "llama.stream",
     "Engine": "llama.engine",
     "EngineConfig": "llama.config",
+    "EngineStats": "llama.engine",
     "FinishReason": "llama.sequence",
     "Limits": "llama.config",
     "ModelConfig": "llama.config",
@@ -36,6 +37,7 @@ __all__ = [
     "Delta",
     "Engine",
     "EngineConfig",
+    "EngineStats",
     "FinishReason",
     "Limits",
     "ModelConfig",

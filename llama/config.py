@@ -271,7 +271,11 @@ class Limits:
 
     n: int = 8
     sequences: int = 64  # prompts x max(n, best_of)
+    messages: int = 1024
+    fields: int = 128
+    reported_names: int = 32  # of ignored fields
     logprobs: int = 20
+    completion_logprobs: int = 5
     stop: int = 4
     stop_chars: int = 256
     stop_token_ids: int = 128

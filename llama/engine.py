@@ -205,6 +205,11 @@ class Engine:
             heartbeat_age=time.monotonic() - loop.last_beat,
         )
 
+    @property
+    def serving(self) -> bool:
+        """False once the engine was closed, or stopped on an error."""
+        return not self._loop.closing
+
     def retry_after(self) -> float:
         """Expected seconds until a slot is free, for callers that were refused."""
         return 1.0

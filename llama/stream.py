@@ -163,6 +163,11 @@ class Stream:
                 await arrived.wait()
         return mailbox.deltas.popleft()
 
+    def gathered(self) -> list[Delta]:
+        """The deltas that can be had without waiting, perhaps none."""
+        deltas = self._mailbox.deltas
+        return [deltas.popleft() for _ in range(len(deltas))]
+
     def close(self) -> None:
         """Abort what still runs, from any thread; again is no harm. What was not read yet is dropped."""
         self._abandon()
