@@ -1,0 +1,53 @@
+"""OpenAI's interface, in this process: chat completions and completions over the batching engine in `llama`.
+
+    client = api.Client(model="/models/Llama-2-7b-chat-hf")
+    answer = client.chat.completions.create(messages=[{"role": "user", "content": "Hi"}])
+    for chunk in client.completions.create(prompt="Once", max_tokens=20, stream=True): ...
+
+`AsyncClient` is the same for event loops; `ChatCompletion` and `Completion` are the spelling of 2023.
+"""
+
+from api import _floor as _floor
+from api import error, errors
+from api.client import AsyncClient, Client
+from api.errors import (
+    APIConnectionError,
+    APIError,
+    APIStatusError,
+    APITimeoutError,
+    AuthenticationError,
+    BadRequestError,
+    InternalServerError,
+    InvalidRequestError,
+    NotFoundError,
+    OpenAIError,
+    PermissionDeniedError,
+    RateLimitError,
+    ServiceUnavailableError,
+)
+from api.legacy import ChatCompletion, Completion, Model, init, shutdown
+
+__all__ = [
+    "APIConnectionError",
+    "APIError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AsyncClient",
+    "AuthenticationError",
+    "BadRequestError",
+    "ChatCompletion",
+    "Client",
+    "Completion",
+    "InternalServerError",
+    "InvalidRequestError",
+    "Model",
+    "NotFoundError",
+    "OpenAIError",
+    "PermissionDeniedError",
+    "RateLimitError",
+    "ServiceUnavailableError",
+    "error",
+    "errors",
+    "init",
+    "shutdown",
+]

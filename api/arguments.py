@@ -1,0 +1,519 @@
+"""What a request may say, and what becomes of it: one table, a row for each argument of OpenAI's two endpoints.
+
+An argument is honoured; or ignored, which the answer then tells; or refused, when dropping it would break what the
+caller expects. `read` sorts the fields of a request by the table, and checks every value before anything is allocated.
+Knows nothing of threads, slots or text: prompts and messages are tokenized later.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from api.errors import BadRequestError, bad_type, bad_value, unsupported
+from llama.config import Limits
+from llama.errors import InvalidRequest
+from llama.request import SamplingParams
+from llama.tokenizer import check_text
+
+Endpoint = Literal["chat", "completions"]
+ENDPOINTS: tuple[Endpoint, ...] = ("chat", "completions")
+MAX_INTEGER = 1 << 31
+SAFE_NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
+DECIMAL = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+class Action(StrEnum):
+    """What becomes of an argument."""
+
+    HONOURED = "honoured"
+    IGNORED = "ignored, and told"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a value is checked against. limits: the ceilings; vocab_size: token ids lie below it."""
+
+    endpoint: Endpoint
+    limits: Limits
+    vocab_size: int
+
+
+Check = Callable[[str, Any, Context], Any]
+"""(name, value, context) -> the value in the form we work with; raises BadRequestError."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A row of the table. check: for honoured and refused ones. silent: values that ask for nothing, so never told."""
+
+    name: str
+    endpoints: tuple[Endpoint, ...]
+    action: Action
+    default: Any
+    note: str
+    check: Check | None = None
+    silent: tuple[Any, ...] = ()
+
+
+@dataclass
+class Arguments:
+    """A request, checked. prompts: one item each, text or ids. messages: as given, checked by the chat format later.
+
+    ignored: names of what was accepted and not acted on. logprobs: None, or how many alternatives per token.
+    """
+
+    endpoint: Endpoint
+    params: SamplingParams
+    model: str | None = None
+    messages: list[Mapping[str, Any]] = field(default_factory=list)
+    prompts: list[str | list[int]] = field(default_factory=list)
+    n: int = 1
+    best_of: int = 1
+    echo: bool = False
+    logprobs: int | None = None
+    stream: bool = False
+    include_usage: bool = False
+    return_token_ids: bool = False
+    explain: bool = False
+    add_special_tokens: bool = True
+    parse_special: bool = True
+    ignored: list[str] = field(default_factory=list)
+
+
+# Checks: each makes one kind of value certain. ---------------------------------------------------------------------
+
+
+def boolean(name: str, value: Any, context: Context) -> bool:
+    if type(value) is not bool:
+        raise bad_type(name, value, "a boolean")
+    return value
+
+
+def string(name: str, value: Any, context: Context) -> str:
+    if not isinstance(value, str):
+        raise bad_type(name, value, "a string")
+    return value
+
+
+def integer(low: int, high: int | str) -> Check:
+    """A whole number; high: a number, or the name of the field of `Limits` that holds it."""
+
+    def check(name: str, value: Any, context: Context) -> int:
+        # `type`, not isinstance: True is no integer, nor is 1.0.
+        if type(value) is not int:
+            raise bad_type(name, value, "an integer")
+        ceiling = getattr(context.limits, high) if isinstance(high, str) else high
+        if not low <= value <= ceiling:
+            raise bad_value(name, value, f"must be from {low} to {ceiling}")
+        return value
+
+    return check
+
+
+def number(low: float, high: float, above: bool = False) -> Check:
+    """A finite number from low (above: excluded) to high."""
+
+    def check(name: str, value: Any, context: Context) -> float:
+        if type(value) not in (int, float):
+            raise bad_type(name, value, "a number")
+        if not low <= value <= high or (above and value == low) or math.isnan(value):
+            raise bad_value(
+                name, value, f"must be {'above' if above else 'from'} {low} {'up ' if above else ''}to {high}"
+            )
+        return float(value)
+
+    return check
+
+
+def max_tokens(name: str, value: Any, context: Context) -> int:
+    return integer(1 if context.endpoint == "chat" else 0, MAX_INTEGER)(name, value, context)
+
+
+def logprobs(name: str, value: Any, context: Context) -> Any:
+    if context.endpoint == "chat":
+        return boolean(name, value, context)
+    return integer(0, "completion_logprobs")(name, value, context)
+
+
+def stop_strings(name: str, value: Any, context: Context) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)):
+        raise bad_type(name, value, "a string or a list of strings")
+    limits = context.limits
+    if len(texts) > limits.stop:
+        raise bad_value(name, len(texts), f"at most {limits.stop} stop strings")
+    for text in texts:
+        if not isinstance(text, str):
+            raise bad_type(name, text, "a string or a list of strings")
+        if not 1 <= len(text) <= limits.stop_chars:
+            raise bad_value(name, text, f"a stop string has 1 to {limits.stop_chars} characters")
+        _check_unicode(name, text)
+    return list(texts)
+
+
+def token_ids(name: str, value: Any, context: Context) -> list[int]:
+    if not isinstance(value, (list, tuple)):
+        raise bad_type(name, value, "a list of token ids")
+    if len(value) > context.limits.stop_token_ids:
+        raise bad_value(name, len(value), f"at most {context.limits.stop_token_ids} ids")
+    return [_token_id(name, token_id, context) for token_id in value]
+
+
+def biases(name: str, value: Any, context: Context) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise bad_type(name, value, "an object of token id to bias")
+    if len(value) > context.limits.logit_bias:
+        raise bad_value(name, len(value), f"at most {context.limits.logit_bias} entries")
+    read: dict[int, float] = {}
+    for key, bias in value.items():
+        if isinstance(key, str):
+            if not DECIMAL.fullmatch(key):
+                raise bad_value(name, key, "keys are token ids in decimal")
+            key = int(key)
+        if _token_id(name, key, context) in read:
+            raise bad_value(name, key, "this token id is given twice")
+        read[key] = number(-100, 100)(name, bias, context)
+    return read
+
+
+def prompts(name: str, value: Any, context: Context) -> list[str | list[int]]:
+    """One prompt or several; text or ids, not both."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, (list, tuple)):
+        raise bad_type(name, value, "a string, a list of strings, a list of token ids or a list of such lists")
+    if not value:
+        raise bad_value(name, value, "at least one prompt is needed")
+    if isinstance(value[0], str):
+        if len(value) > context.limits.sequences:
+            raise bad_value(name, len(value), f"at most {context.limits.sequences} prompts")
+        return [string(name, text, context) for text in value]
+    if isinstance(value[0], (list, tuple)):
+        if len(value) > context.limits.sequences:
+            raise bad_value(name, len(value), f"at most {context.limits.sequences} prompts")
+        return [_id_prompt(name, ids, context) for ids in value]
+    return [_id_prompt(name, value, context)]
+
+
+def message_list(name: str, value: Any, context: Context) -> list[Mapping[str, Any]]:
+    """Objects, or answers' own message objects; role, order and content are checked with the chat format."""
+    if not isinstance(value, (list, tuple)):
+        raise bad_type(name, value, "a list of messages")
+    if not 1 <= len(value) <= context.limits.messages:
+        raise bad_value(name, len(value), f"must have 1 to {context.limits.messages} messages")
+    read: list[Mapping[str, Any]] = []
+    for i, message in enumerate(value):
+        if isinstance(message, BaseModel):
+            message = message.model_dump(exclude_none=True)
+        if not isinstance(message, Mapping):
+            raise bad_type(f"{name}[{i}]", message, "an object with role and content")
+        for key in ("role", "content"):
+            if message.get(key) is None:
+                raise _missing(f"{name}[{i}].{key}")
+        if not isinstance(message["role"], str):
+            raise bad_type(f"{name}[{i}].role", message["role"], "a string")
+        for key in ("tool_calls", "function_call", "tool_call_id"):
+            if not _asks_nothing(message.get(key)):
+                raise unsupported(f"{name}[{i}].{key}", "Tool calls are not supported by this model.")
+        content = message["content"]
+        if not isinstance(content, (str, list, tuple)):
+            raise bad_type(f"{name}[{i}].content", content, "a string or a list of text parts")
+        for j, part in enumerate([] if isinstance(content, str) else content):
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if isinstance(kind, str) and kind != "text":
+                raise unsupported(f"{name}[{i}].content[{j}].type", "Only text parts are supported by this model.")
+        read.append(message)
+    return read
+
+
+def stream_options(name: str, value: Any, context: Context) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise bad_type(name, value, "an object")
+    options = dict(value)
+    if options.get("include_usage") is not None:
+        boolean(f"{name}.include_usage", options["include_usage"], context)
+    return options
+
+
+def response_format(name: str, value: Any, context: Context) -> None:
+    if not isinstance(value, Mapping):
+        raise bad_type(name, value, "an object")
+    if value.get("type") in ("json_object", "json_schema"):
+        raise unsupported(name, "JSON output needs the extra 'guided', which is not installed.")
+    if value.get("type") != "text":
+        raise bad_value(f"{name}.type", value.get("type"), "must be 'text'")
+
+
+def nothing(name: str, value: Any, context: Context) -> None:
+    """For what we cannot do: only a value that asks for nothing passes."""
+    if not _asks_nothing(value):
+        raise unsupported(name, f"'{name}' is not supported by this model.")
+
+
+def text_only(name: str, value: Any, context: Context) -> None:
+    if value != ["text"] and not _asks_nothing(value):
+        raise unsupported(name, "Only the modality 'text' is supported by this model.")
+
+
+def free_choice(name: str, value: Any, context: Context) -> None:
+    if value not in ("none", "auto"):
+        raise unsupported(name, "Tools cannot be required: this model makes no tool calls.")
+
+
+def _check_unicode(name: str, text: str) -> None:
+    try:
+        check_text(text, name)
+    except InvalidRequest as error:
+        raise bad_value(name, error.value, error.limit) from error
+
+
+def _token_id(name: str, value: Any, context: Context) -> int:
+    if type(value) is not int:
+        raise bad_type(name, value, "token ids")
+    if not 0 <= value < context.vocab_size:
+        raise bad_value(name, value, f"token ids go from 0 to {context.vocab_size - 1}")
+    return value
+
+
+def _id_prompt(name: str, value: Any, context: Context) -> list[int]:
+    if not isinstance(value, (list, tuple)):
+        raise bad_type(name, value, "a list of token ids, like the ones before it")
+    if not value:
+        raise bad_value(name, value, "a prompt of ids needs at least one")
+    return [_token_id(name, token_id, context) for token_id in value]
+
+
+def _missing(name: str) -> BadRequestError:
+    return BadRequestError(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
+
+
+def _asks_nothing(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, (str, Sequence, Mapping)) and not len(value))
+
+
+# The table. --------------------------------------------------------------------------------------------------------
+
+BOTH, CHAT, COMPLETIONS = ENDPOINTS, ENDPOINTS[:1], ENDPOINTS[1:]
+H, R, X = Action.HONOURED, Action.IGNORED, Action.REFUSED
+
+OPENAI: tuple[Argument, ...] = (
+    Argument("model", BOTH, H, None, "served name or alias; may be left out in process", string),
+    Argument("messages", CHAT, H, "required", "text only; system, then user and assistant in turn", message_list),
+    Argument("prompt", COMPLETIONS, H, "required", "text, ids, or a list of either", prompts),
+    Argument("max_tokens", BOTH, H, "chat: rest of the context; completions: 16", "cut to the context", max_tokens),
+    Argument("max_completion_tokens", CHAT, H, None, "the same; both given must be equal", max_tokens),
+    Argument("temperature", BOTH, H, 1, "0 to 2; below 0.0001 is greedy", number(0, 2)),
+    Argument("top_p", BOTH, H, 1, "0 to 1; the token that crosses it stays in", number(0, 1)),
+    Argument("n", BOTH, H, 1, "1 to 8; choice j is the same for any n", integer(1, "n")),
+    Argument("best_of", COMPLETIONS, H, "n", "n to 8, by mean logprob; not with stream", integer(1, "n")),
+    Argument("seed", BOTH, H, "fresh", "64 bits; decides every draw", integer(-(1 << 63), (1 << 63) - 1)),
+    Argument("stop", BOTH, H, None, "up to 4 strings of 1 to 256 characters", stop_strings),
+    Argument("presence_penalty", BOTH, H, 0, "-2 to 2, on generated tokens", number(-2, 2)),
+    Argument("frequency_penalty", BOTH, H, 0, "-2 to 2, on generated tokens", number(-2, 2)),
+    Argument("logit_bias", BOTH, H, None, "token id to -100..100, up to 1,024 of them", biases),
+    Argument("logprobs", BOTH, H, "chat: false; completions: none", "chat: boolean; completions: 0 to 5", logprobs),
+    Argument("top_logprobs", CHAT, H, 0, "0 to 20; needs logprobs", integer(0, "logprobs")),
+    Argument("echo", COMPLETIONS, H, False, "with logprobs: those of the prompt too", boolean),
+    Argument("stream", BOTH, H, False, "chunks as they come", boolean),
+    Argument("stream_options", BOTH, H, None, "include_usage; other keys are ignored, and told", stream_options),
+    Argument("response_format", CHAT, H, "text", "text; JSON is refused without the extra `guided`", response_format),
+    Argument("suffix", COMPLETIONS, X, None, "the model cannot fill in", nothing),
+    Argument("tools", CHAT, R, None, "the model makes no tool calls"),
+    Argument("functions", CHAT, R, None, "the model makes no tool calls"),
+    Argument("parallel_tool_calls", CHAT, R, None, "the model makes no tool calls", silent=(True,)),
+    Argument("tool_choice", CHAT, R, None, "none, auto; anything else is refused", free_choice),
+    Argument("function_call", CHAT, R, None, "none, auto; anything else is refused", free_choice),
+    Argument("modalities", CHAT, H, "text", "text; anything else is refused", text_only),
+    Argument("audio", CHAT, R, None, ""),
+    Argument("user", BOTH, R, None, ""),
+    Argument("metadata", CHAT, R, None, ""),
+    Argument("store", CHAT, R, False, "nothing is stored"),
+    Argument("moderation", CHAT, R, None, ""),
+    Argument("prediction", CHAT, R, None, ""),
+    Argument("service_tier", CHAT, R, "auto", "", silent=("auto", "default")),
+    Argument("safety_identifier", CHAT, R, None, ""),
+    Argument("prompt_cache_key", CHAT, R, None, "equal prompt starts are found without it"),
+    Argument("prompt_cache_retention", CHAT, R, None, ""),
+    Argument("prompt_cache_options", CHAT, R, None, ""),
+    Argument("reasoning_effort", CHAT, R, "none", "", silent=("none",)),
+    Argument("verbosity", CHAT, R, "medium", "", silent=("medium",)),
+    Argument("web_search_options", CHAT, R, None, ""),
+)
+
+EXTENSIONS: tuple[Argument, ...] = (
+    Argument("top_k", BOTH, H, -1, "-1 or 0: off; else only the k best", integer(-1, MAX_INTEGER)),
+    Argument("min_p", BOTH, H, 0, "0 to 1, relative to the best token", number(0, 1)),
+    Argument("repetition_penalty", BOTH, H, 1, "up to 10, on prompt and generated tokens", number(0, 10, above=True)),
+    Argument("ignore_eos", BOTH, H, False, "EOS does not end the answer", boolean),
+    Argument("min_tokens", BOTH, H, 0, "until then nothing but max_tokens ends it", integer(0, MAX_INTEGER)),
+    Argument("stop_token_ids", BOTH, H, None, "up to 128 ids that end it", token_ids),
+    Argument("return_token_ids", BOTH, H, False, "adds token_ids and prompt_token_ids", boolean),
+    Argument("explain", BOTH, H, False, "adds times, steps and counts of this request", boolean),
+    Argument("strict", BOTH, H, False, "refuse what would be ignored", boolean),
+    Argument("add_special_tokens", COMPLETIONS, H, True, "a BOS in front of a text prompt", boolean),
+    Argument("parse_special", COMPLETIONS, H, True, "`<s>` and `</s>` in a text prompt are control tokens", boolean),
+)
+
+TABLE: dict[Endpoint, dict[str, Argument]] = {
+    endpoint: {row.name: row for row in (*OPENAI, *EXTENSIONS) if endpoint in row.endpoints} for endpoint in ENDPOINTS
+}
+
+
+def markdown_table(rows: Sequence[Argument]) -> str:
+    """The table as the README shows it."""
+    lines = ["| parameter | endpoints | default | what becomes of it |", "|---|---|---|---|"]
+    for row in rows:
+        default = (
+            {None: "none", True: "true", False: "false"}.get(row.default, str(row.default))
+            if not isinstance(row.default, int) or isinstance(row.default, bool)
+            else str(row.default)
+        )
+        where = "both" if row.endpoints == BOTH else row.endpoints[0]
+        lines.append(f"| `{row.name}` | {where} | {default} | {row.action}{': ' + row.note if row.note else ''} |")
+    return "\n".join(lines)
+
+
+# Reading a request. ------------------------------------------------------------------------------------------------
+
+
+def read(
+    endpoint: Endpoint, fields: Mapping[str, Any], *, vocab_size: int, limits: Limits, strict: bool = False
+) -> Arguments:
+    """The request that `fields` make. Raises BadRequestError, naming the field, before anything is allocated."""
+    context = Context(endpoint, limits, vocab_size)
+    if len(fields) > limits.fields:
+        raise BadRequestError(f"A request has at most {limits.fields} fields, not {len(fields)}.")
+    given: dict[str, Any] = {}
+    ignored: list[str] = []
+    for name, value in fields.items():
+        row = TABLE[endpoint].get(name)
+        if value is None:
+            continue
+        if row is None:
+            if not _asks_nothing(value):
+                ignored.append(name)
+            continue
+        checked = row.check(name, value, context) if row.check else value
+        if row.action is Action.HONOURED:
+            given[name] = checked
+        elif row.action is Action.IGNORED and not _asks_nothing(value) and value not in row.silent:
+            ignored.append(name)
+    ignored += _ignored_inside(given)
+    if ignored and (strict or given.get("strict")):
+        raise _unknown(ignored[0])
+    arguments = _collect(endpoint, given, context)
+    arguments.ignored = sorted({name for name in ignored if SAFE_NAME.fullmatch(name)})[: limits.reported_names]
+    return arguments
+
+
+def _ignored_inside(given: Mapping[str, Any]) -> list[str]:
+    """Names of what is ignored inside messages and stream_options."""
+    known = {"role", "content", "tool_calls", "function_call", "tool_call_id"}
+    pairs = [(k, v) for message in given.get("messages", []) for k, v in message.items() if k not in known]
+    pairs += [(k, v) for k, v in given.get("stream_options", {}).items() if k != "include_usage"]
+    return list(dict.fromkeys(str(name) for name, value in pairs if not _asks_nothing(value)))
+
+
+def _unknown(name: str) -> BadRequestError:
+    safe = name if SAFE_NAME.fullmatch(name) else None
+    shown = f"'{safe}'" if safe else "A field with an unusual name"
+    message = f"{shown} would be ignored, and the request (or this service) is strict."
+    return BadRequestError(message, param=safe, code="unknown_parameter")
+
+
+def _collect(endpoint: Endpoint, given: dict[str, Any], context: Context) -> Arguments:
+    """Defaults, and the rules between fields."""
+    required = "messages" if endpoint == "chat" else "prompt"
+    if required not in given:
+        raise _missing(required)
+    n = given.get("n", 1)
+    best_of = given.get("best_of", n)
+    stream = given.get("stream", False)
+    if best_of < n:
+        raise bad_value("best_of", best_of, f"must be at least n={n}")
+    if stream and best_of > n:
+        raise BadRequestError("'best_of' above n cannot be streamed.", param="best_of")
+    count = len(given.get("prompt", [None])) * best_of
+    if count > context.limits.sequences:
+        param = "best_of" if best_of > n else "n"
+        raise bad_value(param, best_of, f"prompts x {param} may be at most {context.limits.sequences}, not {count}")
+    if "stream_options" in given and not stream:
+        raise BadRequestError("'stream_options' needs stream=true.", param="stream_options")
+    count_logprobs = _logprobs(endpoint, given)
+    echo = given.get("echo", False)
+    options = given.get("stream_options", {})
+    return Arguments(
+        endpoint=endpoint,
+        params=_sampling(endpoint, given, count_logprobs, echo, best_of > n),
+        model=given.get("model"),
+        messages=given.get("messages", []),
+        prompts=given.get("prompt", []),
+        n=n,
+        best_of=best_of,
+        echo=echo,
+        logprobs=count_logprobs,
+        stream=stream,
+        include_usage=bool(options.get("include_usage")),
+        return_token_ids=given.get("return_token_ids", False),
+        explain=given.get("explain", False),
+        add_special_tokens=given.get("add_special_tokens", True),
+        parse_special=given.get("parse_special", True),
+    )
+
+
+def _logprobs(endpoint: Endpoint, given: Mapping[str, Any]) -> int | None:
+    """How many alternatives per token; None: no logprobs at all."""
+    if endpoint == "completions":
+        return given.get("logprobs")
+    top = given.get("top_logprobs", 0)
+    if given.get("logprobs"):
+        return top
+    if top:
+        raise BadRequestError("'top_logprobs' needs logprobs=true.", param="top_logprobs")
+    return None
+
+
+def _max_tokens(endpoint: Endpoint, given: Mapping[str, Any], echo: bool) -> int | None:
+    both = [given[name] for name in ("max_tokens", "max_completion_tokens") if name in given]
+    if len(both) == 2 and both[0] != both[1]:
+        message = "'max_tokens' and 'max_completion_tokens' mean the same here, and differ."
+        raise BadRequestError(message, param="max_completion_tokens")
+    if not both:
+        return 16 if endpoint == "completions" else None
+    if both[0] == 0 and not echo:
+        raise bad_value("max_tokens", 0, "must be at least 1, or echo=true")
+    return both[0]
+
+
+def _sampling(
+    endpoint: Endpoint, given: Mapping[str, Any], count_logprobs: int | None, echo: bool, ranked: bool
+) -> SamplingParams:
+    try:
+        return SamplingParams(
+            max_tokens=_max_tokens(endpoint, given, echo),
+            temperature=given.get("temperature", 1.0),
+            top_k=given.get("top_k") or -1,
+            top_p=given.get("top_p", 1.0),
+            min_p=given.get("min_p", 0.0),
+            presence_penalty=given.get("presence_penalty", 0.0),
+            frequency_penalty=given.get("frequency_penalty", 0.0),
+            repetition_penalty=given.get("repetition_penalty", 1.0),
+            logit_bias=given.get("logit_bias", {}),
+            seed=given.get("seed"),
+            stop=given.get("stop", ()),
+            stop_token_ids=given.get("stop_token_ids", ()),
+            ignore_eos=given.get("ignore_eos", False),
+            min_tokens=given.get("min_tokens", 0),
+            logprobs=0 if ranked and count_logprobs is None else count_logprobs,
+            prompt_logprobs=count_logprobs if echo else None,
+        )
+    except InvalidRequest as error:
+        raise bad_value(error.field, error.value, error.limit) from error

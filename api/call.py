@@ -1,0 +1,251 @@
+"""`Call`: one request on its way, from its fields to its answer, for threads and for event loops.
+
+Every wait comes in two forms, one that blocks the thread and one that lets the event loop go on; everything else is
+shared. The slot is given back, and the engine stops working, on every way out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Generic, Self
+
+from api.answer import Answer, Chunk, Whole, merge
+from api.arguments import Endpoint
+from api.errors import APITimeoutError, bad_type, bad_value, translated
+from api.schema import Usage
+from api.served import Models
+from llama.errors import SlotsFull
+from llama.slots import Seat
+from llama.stream import Delta, Stream
+
+# Longer texts are tokenized in a worker thread when the caller is an event loop.
+LONG_TEXT = 16_384
+MAX_SECONDS = 1e6  # threads cannot wait much longer
+
+
+class Call(Generic[Whole, Chunk]):
+    """A checked request. Raises what is wrong with its fields; nothing is taken or queued yet."""
+
+    def __init__(
+        self, models: Models, endpoint: Endpoint, fields: Mapping[str, Any], wait: Any = None, timeout: Any = None
+    ) -> None:
+        self.served = models.find(fields.get("model"))
+        self.arguments = self.served.read(endpoint, fields)
+        self.prompt_field = "messages" if endpoint == "chat" else "prompt"
+        self.wait = _seconds("wait", models.settings.wait if wait is None else wait)
+        self.deadline = Deadline(None if timeout is None else _seconds("timeout", timeout))
+
+    def start(self) -> Running[Whole, Chunk]:
+        """Take a slot, waiting as long as may be, and submit."""
+        slots, retry_after = self.served.engine.slots, self.served.engine.retry_after()
+        with self._slot_errors():
+            seat = slots.acquire(self._wait(), retry_after)
+        return self._begin(seat)
+
+    async def start_async(self) -> Running[Whole, Chunk]:
+        """The same without blocking the event loop."""
+        slots, retry_after = self.served.engine.slots, self.served.engine.retry_after()
+        with self._slot_errors():
+            seat = await slots.acquire_async(self._wait(), retry_after)
+        if self._n_characters() <= LONG_TEXT:
+            return self._begin(seat)
+        return await asyncio.to_thread(self._begin, seat)
+
+    def _begin(self, seat: Seat) -> Running[Whole, Chunk]:
+        with translated(self.prompt_field):
+            stream, answer = self.served.begin(self.arguments, seat)
+        return Running(stream, answer, self.deadline)
+
+    def _wait(self) -> float | bool:
+        left = self.deadline.left()
+        if left is None or not self.wait:
+            return self.wait
+        return left if self.wait is True else min(left, self.wait)
+
+    @contextmanager
+    def _slot_errors(self) -> Iterator[None]:
+        with translated():
+            try:
+                yield
+            except SlotsFull as error:
+                if self.wait and self.deadline.passed:
+                    raise self.deadline.error() from error
+                raise
+
+    def _n_characters(self) -> int:
+        texts = [prompt for prompt in self.arguments.prompts if isinstance(prompt, str)]
+        return sum(map(len, texts)) + sum(len(str(message["content"])) for message in self.arguments.messages)
+
+
+class Deadline:
+    """When the caller's `timeout` passes; None: never."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    @property
+    def passed(self) -> bool:
+        return self._end is not None and time.monotonic() >= self._end
+
+    def left(self) -> float | None:
+        return None if self._end is None else max(self._end - time.monotonic(), 0.0)
+
+    def error(self) -> APITimeoutError:
+        return APITimeoutError(f"The request took longer than its timeout of {self.seconds} seconds.")
+
+
+class Running(Generic[Whole, Chunk]):
+    """A submitted request. An error, a passed deadline or an interrupted read ends it at once."""
+
+    def __init__(self, stream: Stream, answer: Answer[Whole, Chunk], deadline: Deadline) -> None:
+        self.stream, self.deadline = stream, deadline
+        self.answer: Answer[Whole, Chunk] = answer
+
+    def whole(self) -> Whole:
+        """Wait for everything and fold it into one answer."""
+        deltas = []
+        while (delta := self.get()) is not None:
+            deltas.append(delta)
+        return self._fold(deltas)
+
+    async def whole_async(self) -> Whole:
+        deltas = []
+        while (delta := await self.get_async()) is not None:
+            deltas.append(delta)
+        return self._fold(deltas)
+
+    def get(self) -> Delta | None:
+        """The next delta, waiting for it; None at the end."""
+        with self._watched():
+            return self.stream.get(self.deadline.left())
+
+    async def get_async(self) -> Delta | None:
+        with self._watched():
+            async with asyncio.timeout(self.deadline.left()):
+                return await self.stream.get_async()
+
+    def chunks(self, delta: Delta) -> list[Chunk]:
+        """What a delta, and all that have gathered behind it, come to."""
+        return [chunk for one in merge([delta, *self.stream.gathered()]) for chunk in self.answer.chunks(one)]
+
+    def _fold(self, deltas: list[Delta]) -> Whole:
+        return self.answer.whole(chunk for delta in merge(deltas) for chunk in self.answer.chunks(delta))
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            with translated():
+                if self.deadline.passed:
+                    raise TimeoutError
+                yield
+        except TimeoutError as error:
+            self.stream.close()
+            raise self.deadline.error() from error
+        except BaseException:
+            self.stream.close()
+            raise
+
+
+class ChunkReader(Generic[Chunk]):
+    """What the two kinds of chunk streams share. The slot is held from `create` on, and given back when the stream is
+    exhausted, closed, fails, or is dropped, whether or not it was ever read."""
+
+    def __init__(self, running: Running[Any, Chunk]) -> None:
+        self._running: Running[Any, Chunk] = running
+        self._ready: deque[Chunk] = deque()
+        self._exhausted = False
+
+    @property
+    def usage(self) -> Usage | None:
+        """The totals, once the last item is out."""
+        return self._running.answer.usage if self._exhausted else None
+
+    @property
+    def ignored_parameters(self) -> list[str]:
+        """Names of parameters that were accepted and not acted on."""
+        return list(self._running.answer.arguments.ignored)
+
+    @property
+    def request_id(self) -> str:
+        return self._running.answer.heading.request_id
+
+    def _take(self, delta: Delta | None) -> None:
+        if delta is None:
+            self._exhausted = True
+        else:
+            self._ready.extend(self._running.chunks(delta))
+
+    def _close(self) -> None:
+        self._ready.clear()
+        self._running.stream.close()
+
+
+class ChunkStream(ChunkReader[Chunk]):
+    """Iterate over the chunks; `close()` (or `cancel()`, or leaving `with`) ends the request at once."""
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        while not self._ready:
+            if self._exhausted:
+                raise StopIteration
+            self._take(self._running.get())
+        return self._ready.popleft()
+
+    def close(self) -> None:
+        self._close()
+
+    def cancel(self) -> None:
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+
+class AsyncChunkStream(ChunkReader[Chunk]):
+    """The same for `async for`; a task cancelled while it waits here ends the request."""
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while not self._ready:
+            if self._exhausted:
+                raise StopAsyncIteration
+            self._take(await self._running.get_async())
+        return self._ready.popleft()
+
+    async def close(self) -> None:
+        self._close()
+
+    async def aclose(self) -> None:
+        self._close()
+
+    async def cancel(self) -> None:
+        self._close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._close()
+
+
+def _seconds(name: str, value: Any) -> Any:
+    """A wait or a timeout: seconds, and for `wait` also True, False or None."""
+    if name == "wait" and (value is None or isinstance(value, bool)):
+        return bool(value)
+    if type(value) not in (int, float):
+        raise bad_type(name, value, "a number of seconds")
+    if not 0 <= value < MAX_SECONDS:
+        raise bad_value(name, value, f"must be from 0 to {MAX_SECONDS} seconds")
+    return float(value)

@@ -1,0 +1,25 @@
+"""The names of 2023 (openai 0.28) for the errors in `api.errors`: `except api.error.Timeout:` keeps working."""
+
+from api.errors import (
+    APIConnectionError,
+    APIError,
+    AuthenticationError,
+    InvalidRequestError,
+    OpenAIError,
+    RateLimitError,
+    ServiceUnavailableError,
+)
+from api.errors import APITimeoutError as Timeout
+from api.errors import PermissionDeniedError as PermissionError
+
+__all__ = [
+    "APIConnectionError",
+    "APIError",
+    "AuthenticationError",
+    "InvalidRequestError",
+    "OpenAIError",
+    "PermissionError",
+    "RateLimitError",
+    "ServiceUnavailableError",
+    "Timeout",
+]

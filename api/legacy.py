@@ -1,0 +1,97 @@
+"""The spelling of 2023: `ChatCompletion.create(model=..., messages=...)`, over one client for the whole process.
+
+Without `init` the first call loads the model it names. This client is the only global state of the package.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import api.schema as schema
+from api.call import AsyncChunkStream, ChunkStream
+from api.client import Client
+
+_lock = threading.Lock()
+_default: Client | None = None
+
+
+def init(model: str | Path = "demo", **options: Any) -> Client:
+    """Make the default client; options are `Client`'s. An earlier one is closed first."""
+    global _default
+    with _lock:
+        if _default is not None:
+            _default.close()
+            _default = None
+        _default = Client(model, **options)
+        return _default
+
+
+def shutdown() -> None:
+    """Close the default client, if there is one; the next call may load another."""
+    global _default
+    with _lock:
+        if _default is not None:
+            _default.close()
+            _default = None
+
+
+def default_client(model: str | None = None) -> Client:
+    """The default client, made for `model` if there is none yet."""
+    global _default
+    with _lock:
+        if _default is None:
+            _default = Client("demo" if model is None else model)
+        return _default
+
+
+def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
+    """Old names of fields, as they are called today."""
+    renamed = dict(fields)
+    for old, new in (("engine", "model"), ("request_timeout", "timeout")):
+        if renamed.get(old) is not None and renamed.get(new) is None:
+            renamed[new] = renamed.pop(old)
+        else:
+            renamed.pop(old, None)
+    return renamed
+
+
+class ChatCompletion:
+    """chat.completions, as it was called in 2023."""
+
+    @classmethod
+    def create(cls, **fields: Any) -> schema.ChatCompletion | ChunkStream[schema.ChatCompletionChunk]:
+        renamed = _renamed(fields)
+        return default_client(renamed.get("model")).chat.completions.create(**renamed)
+
+    @classmethod
+    async def acreate(cls, **fields: Any) -> schema.ChatCompletion | AsyncChunkStream[schema.ChatCompletionChunk]:
+        renamed = _renamed(fields)
+        return await default_client(renamed.get("model")).chat.completions.acreate(**renamed)
+
+
+class Completion:
+    """completions, as it was called in 2023."""
+
+    @classmethod
+    def create(cls, **fields: Any) -> schema.Completion | ChunkStream[schema.Completion]:
+        renamed = _renamed(fields)
+        return default_client(renamed.get("model")).completions.create(**renamed)
+
+    @classmethod
+    async def acreate(cls, **fields: Any) -> schema.Completion | AsyncChunkStream[schema.Completion]:
+        renamed = _renamed(fields)
+        return await default_client(renamed.get("model")).completions.acreate(**renamed)
+
+
+class Model:
+    """models, as it was called in 2023."""
+
+    @classmethod
+    def list(cls) -> schema.ModelList:
+        return default_client().models.list()
+
+    @classmethod
+    def retrieve(cls, id: str) -> schema.Model:
+        return default_client(id).models.retrieve(id)
