@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.attention_plan import AttentionPlan, plan_cpu, plan_triton
+from kernels.attention_plan import AttentionPlan, CpuPlan, plan_triton
 from kernels.launch import HAS_TRITON, runs_triton
 from kernels.linear_weight import LinearWeight, pack_weight
 
@@ -97,8 +97,6 @@ def plan_attention(
     block_tables: np.ndarray,
     block_size: int,
     device: torch.device,
-    *,
-    batch_invariant: bool = False,
 ) -> AttentionPlan:
     """Lay out one step for `paged_attention`; built once, read by every layer.
 
@@ -113,7 +111,7 @@ def plan_attention(
         torch.from_numpy(block_tables).to(device),
         int(np.diff(cu_seqlens_q).max()),
         int(seqlens_k.max()),
-        plan_cpu(cu_seqlens_q, seqlens_k, block_tables, block_size, batch_invariant) if on_cpu else None,
+        CpuPlan(cu_seqlens_q, seqlens_k, block_tables, block_size) if on_cpu else None,
         None if on_cpu else plan_triton(cu_seqlens_q, seqlens_k, device),
     )
 

@@ -7,6 +7,7 @@ twin can work out once instead of once per layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -50,14 +51,40 @@ class QueryTiles:
     back: Tensor
 
 
-@dataclass(frozen=True, slots=True)
 class CpuPlan:
-    """What the plain-torch `paged_attention` needs: spans for the fast path, tiles for the batch-invariant one."""
+    """What the plain-torch `paged_attention` needs. Each form is worked out by the first layer that asks for it."""
 
-    spans: list[SequenceSpan]
-    gather: Tensor | None  # [n_seqs * max_seqlen_k] int64: flat cache rows of an all-decode batch; 0 past an end
-    gather_mask: Tensor | None  # [n_seqs, 1, 1, max_seqlen_k] bool, True = visible
-    tiles: QueryTiles | None
+    def __init__(
+        self, cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray, block_tables: np.ndarray, block_size: int
+    ) -> None:
+        self._starts, self._lengths, self._tables = cu_seqlens_q, seqlens_k, block_tables
+        self._block_size = block_size
+        self.n_queries = np.diff(cu_seqlens_q)
+        self.all_decode = len(seqlens_k) > 1 and int(self.n_queries.max()) == 1
+
+    @cached_property
+    def spans(self) -> list[SequenceSpan]:
+        """Sequence by sequence."""
+        columns = (self._starts[:-1].tolist(), self.n_queries.tolist(), self._lengths.tolist(), self._tables)
+        return [_span(row, n, k, table, self._block_size) for row, n, k, table in zip(*columns, strict=True)]
+
+    @cached_property
+    def gather(self) -> tuple[Tensor, Tensor]:
+        """For an all-decode batch in one call: flat cache rows [n_seqs * max_seqlen_k] int64, 0 past the end of a
+        sequence, and the mask to add to its scores [n_seqs, 1, 1, max_seqlen_k] fp32.
+        """
+        at = np.arange(int(self._lengths.max()))
+        visible = at[None, :] < self._lengths[:, None]
+        # Row by row, not block by block: what lies past an end may be another sequence's NaN, and 0 * NaN is NaN.
+        size = self._block_size
+        rows = np.where(visible, self._tables[:, at // size].astype(np.int64) * size + at % size, 0)
+        mask = np.where(visible, np.float32(0), np.float32(-np.inf))
+        return torch.from_numpy(rows.reshape(-1)), torch.from_numpy(mask)[:, None, None, :]
+
+    @cached_property
+    def tiles(self) -> QueryTiles:
+        """For batch-invariant attention."""
+        return _tiles(self._starts, self._lengths, self._tables, self._block_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,36 +121,16 @@ class AttentionPlan:
     triton: TritonPlan | None = None
 
 
-def plan_cpu(
-    cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray, tables: np.ndarray, block_size: int, batch_invariant: bool
-) -> CpuPlan:
-    """The host side of a plan. Arguments as in `AttentionPlan`, as numpy arrays."""
-    if batch_invariant:
-        return CpuPlan([], None, None, _tiles(cu_seqlens_q, seqlens_k, tables, block_size))
-    n_queries = np.diff(cu_seqlens_q)
-    gather: Tensor | None = None
-    mask: Tensor | None = None
-    if len(n_queries) > 1 and n_queries.max() == 1:
-        at = np.arange(int(seqlens_k.max()))
-        visible = at[None, :] < seqlens_k[:, None]
-        # Row by row, not block by block: what lies past an end may be another sequence's NaN, and 0 * NaN is NaN.
-        rows = np.where(visible, tables[:, at // block_size].astype(np.int64) * block_size + at % block_size, 0)
-        gather, mask = torch.from_numpy(rows.reshape(-1)), torch.from_numpy(visible)[:, None, None, :]
-    spans = [
-        _span(int(row), int(n), int(k), table, block_size)
-        for row, n, k, table in zip(cu_seqlens_q[:-1], n_queries, seqlens_k, tables, strict=True)
-    ]
-    return CpuPlan(spans, gather, mask, None)
-
-
 def _span(row: int, n_queries: int, n_keys: int, table: np.ndarray, block_size: int) -> SequenceSpan:
-    blocks = table[: -(-n_keys // block_size)].astype(np.int64)
-    side_by_side = bool((np.diff(blocks) == 1).all())
+    n_blocks = -(-n_keys // block_size)
+    blocks = table[:n_blocks].astype(np.int64)
+    first = int(blocks[0])
+    side_by_side = n_blocks == 1 or bool((blocks == np.arange(first, first + n_blocks)).all())
     bias = None
     if 1 < n_queries < n_keys:
         positions = np.arange(n_keys - n_queries, n_keys)
         bias = torch.from_numpy(np.arange(n_keys)[None, :] <= positions[:, None])
-    return SequenceSpan(row, n_queries, n_keys, torch.from_numpy(blocks), int(blocks[0]) if side_by_side else -1, bias)
+    return SequenceSpan(row, n_queries, n_keys, torch.from_numpy(blocks), first if side_by_side else -1, bias)
 
 
 def _tiles(cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray, tables: np.ndarray, block_size: int) -> QueryTiles:

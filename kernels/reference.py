@@ -19,7 +19,7 @@ from kernels.attention_plan import TILE_KEYS, TILE_ROWS, AttentionPlan, QueryTil
 from kernels.linear_weight import LinearWeight
 
 # Up to this many bytes of keys, one gather for the whole decode batch beats a call per sequence.
-_GATHER_BYTES = 1 << 20
+_GATHER_BYTES = 8 << 20
 
 
 def rms_norm(
@@ -64,8 +64,11 @@ def rope_write(
     heads = qkv.view(qkv.shape[0], n_heads + 2 * n_kv_heads, head_dim)
     qk, v = heads[:, : n_heads + n_kv_heads], heads[:, n_heads + n_kv_heads :]
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-    first, second = qk.float().chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(qkv.dtype)
+    halves = qk.float().unflatten(-1, (2, head_dim // 2))
+    turned = halves * cos.unsqueeze(2)
+    turned.select(2, 0).addcmul_(halves.select(2, 1), sin, value=-1)
+    turned.select(2, 1).addcmul_(halves.select(2, 0), sin)
+    rotated = turned.view(qk.shape).to(qkv.dtype)
     k_cache.view(-1, n_kv_heads, head_dim).index_copy_(0, kv_index, rotated[:, n_heads:])
     v_cache.view(-1, n_kv_heads, head_dim).index_copy_(0, kv_index, v)
     return rotated[:, :n_heads]
@@ -77,14 +80,10 @@ def paged_attention(
     if plan.cpu is None:
         raise ValueError("plan: made for a CUDA kernel, but the tensors are on the CPU")
     if batch_invariant:
-        if plan.cpu.tiles is None:
-            raise ValueError(
-                "plan: made with batch_invariant=False, but the attention is asked for batch_invariant=True"
-            )
         return _attend_tiles(q, k_cache, v_cache, plan.cpu.tiles, scale)
-    gather = plan.cpu.gather
-    if gather is not None and gather.numel() * k_cache[0, 0].numel() * k_cache.element_size() <= _GATHER_BYTES:
-        return _attend_gathered(q, k_cache, v_cache, gather, plan.cpu.gather_mask, scale)
+    row_bytes = k_cache[0, 0].numel() * k_cache.element_size()
+    if plan.cpu.all_decode and len(q) * plan.max_seqlen_k * row_bytes <= _GATHER_BYTES:
+        return _attend_gathered(q, k_cache, v_cache, *plan.cpu.gather, scale)
     out = torch.empty_like(q)
     for span in plan.cpu.spans:
         rows = slice(span.row, span.row + span.n_queries)
@@ -92,9 +91,7 @@ def paged_attention(
     return out
 
 
-def _attend_gathered(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor, mask: Tensor | None, scale: float
-) -> Tensor:
+def _attend_gathered(q: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor, mask: Tensor, scale: float) -> Tensor:
     """One query per sequence. The heads of a group take the place of queries, so keys need no repeating."""
     n, n_heads, head_dim = q.shape
     n_kv_heads = k_cache.shape[2]
@@ -110,11 +107,12 @@ def _attend_span(q: Tensor, k_cache: Tensor, v_cache: Tensor, span: SequenceSpan
     n_kv_heads = k_cache.shape[2]
     group = n_heads // n_kv_heads
     if span.first_block >= 0:
-        blocks = slice(span.first_block, span.first_block + len(span.blocks))
-        k, v = k_cache[blocks], v_cache[blocks]
+        block_stride, row_stride, head_stride, _ = k_cache.stride()
+        shape, strides = (1, n_kv_heads, span.n_keys, head_dim), (block_stride, head_stride, row_stride, 1)
+        k, v = (c.as_strided(shape, strides, span.first_block * block_stride) for c in (k_cache, v_cache))
     else:
-        k, v = k_cache.index_select(0, span.blocks), v_cache.index_select(0, span.blocks)
-    k, v = (c.view(-1, n_kv_heads, head_dim)[: span.n_keys].transpose(0, 1).unsqueeze(0) for c in (k, v))
+        k, v = (c.index_select(0, span.blocks).view(1, -1, n_kv_heads, head_dim) for c in (k_cache, v_cache))
+        k, v = (c[:, : span.n_keys].transpose(1, 2) for c in (k, v))
     if n == 1:
         grouped = q.view(1, n_kv_heads, group, head_dim)
         return F.scaled_dot_product_attention(grouped, k, v, scale=scale).view(1, n_heads, head_dim)

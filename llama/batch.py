@@ -27,9 +27,7 @@ class Batch:
     logit_rows: Tensor
 
     @classmethod
-    def from_plan(
-        cls, plan: Plan, logit_rows: list[int], block_size: int, device: torch.device, batch_invariant: bool
-    ) -> Batch:
+    def from_plan(cls, plan: Plan, logit_rows: list[int], block_size: int, device: torch.device) -> Batch:
         """Lay the plan's sequences one behind the other, in its order."""
         n_rows, n_seqs = plan.n_tokens, len(plan.seqs)
         rows = np.empty((3, n_rows), np.int64)
@@ -52,6 +50,6 @@ class Batch:
             starts[i + 1] = row
             lengths[i] = first + n
         token_ids, positions, kv_index = torch.from_numpy(rows).to(device)
-        attention = kernels.plan_attention(starts, lengths, tables, block_size, device, batch_invariant=batch_invariant)
+        attention = kernels.plan_attention(starts, lengths, tables, block_size, device)
         wanted = torch.tensor(logit_rows, dtype=torch.int64).to(device)
         return cls(token_ids, positions, kv_index, attention, wanted)

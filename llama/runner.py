@@ -58,15 +58,15 @@ def wanted_rows(plan: Plan) -> Wanted:
 
 
 class Runner:
-    def __init__(self, model: Transformer, cache: KVCache, device: torch.device, batch_invariant: bool) -> None:
-        self.model, self.cache, self.device, self.batch_invariant = model, cache, device, batch_invariant
+    def __init__(self, model: Transformer, cache: KVCache, device: torch.device) -> None:
+        self.model, self.cache, self.device = model, cache, device
         self.sampler = Sampler(device)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
         """Compute the plan's tokens and sample one for every sequence that reaches its last one."""
         wanted = wanted_rows(plan)
-        batch = Batch.from_plan(plan, wanted.rows, self.cache.block_size, self.device, self.batch_invariant)
+        batch = Batch.from_plan(plan, wanted.rows, self.cache.block_size, self.device)
         hidden = self.model.forward(batch, self.cache)
         result = StepResult([None] * len(plan.seqs), [None] * len(plan.seqs))
         if wanted.sampled:

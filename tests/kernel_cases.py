@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention_plan import AttentionPlan, plan_cpu, plan_triton
+from kernels.attention_plan import AttentionPlan, CpuPlan, plan_triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _GUARD = 64
@@ -84,7 +84,7 @@ class Paged:
         tables = self.tables[: len(n_queries)]
         cpu = None
         if device.type == "cpu" and seqlens_k.min() > 0:
-            cpu = plan_cpu(cu, seqlens_k, tables, self.k.shape[1], batch_invariant)
+            cpu = CpuPlan(cu, seqlens_k, tables, self.k.shape[1])
         return AttentionPlan(
             torch.from_numpy(cu).to(device),
             torch.from_numpy(seqlens_k).to(device),
