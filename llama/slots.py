@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from llama.errors import EngineClosed, SlotsFull
@@ -75,7 +76,8 @@ class Slots:
 
         def wake(got_it: bool) -> None:
             got.append(got_it)
-            loop.call_soon_threadsafe(arrived.set)
+            with suppress(RuntimeError):  # the loop was closed; the task's own end gives the seat on
+                loop.call_soon_threadsafe(arrived.set)
 
         waiter = self._take_or_queue(bool(wait), wake, retry_after)
         if waiter is not None:

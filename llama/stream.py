@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from llama.sequence import FinishReason, TokenLogprobs
@@ -66,27 +67,37 @@ class Mailbox:
 
     def put(self, delta: Delta) -> None:
         """Engine thread: hand over a delta; `wake` follows when the step's deltas are all in."""
+        ends = delta.finish_reason is not None
+        if ends and self.unfinished == 1:
+            self._end()  # first: a reader that has seen the end finds the slot free
         self.deltas.append(delta)
-        if delta.finish_reason is not None:
-            self.unfinished -= 1
-            if self.unfinished == 0:
-                self._end()
+        if ends:
+            with self._lock:
+                self.unfinished = max(0, self.unfinished - 1)  # 0: abandoned meanwhile
 
     def fail(self, error: BaseException) -> None:
         """Engine thread: the request is over; the reader gets what is there, then the error."""
         if self.unfinished:
+            self._end()
             self.error = error
             self.unfinished = 0
-            self._end()
             self.wake()
 
     def abandon(self) -> None:
         """Any thread: nobody will read any more. The slot is free at once, the blocks after the current step."""
-        if self.unfinished:
-            self.unfinished = 0
+        with self._lock:
+            unfinished, self.unfinished = self.unfinished, 0
+        if unfinished:
             self._abort(self)
         self._end()
         self.wake()
+
+    def take(self) -> Delta | None:
+        """Reader: the next delta, if there is one; another thread may clear them at any moment."""
+        try:
+            return self.deltas.popleft()
+        except IndexError:
+            return None
 
     def wake(self) -> None:
         """Tell a waiting reader to look."""
@@ -139,34 +150,34 @@ class Stream:
     def get(self, timeout: float | None = None) -> Delta | None:
         """The next delta, waiting for it; None at the end. Raises TimeoutError after `timeout` seconds of nothing."""
         mailbox = self._mailbox
-        while not mailbox.deltas:
+        while (delta := mailbox.take()) is None:
             if mailbox.ended():
                 return None
             asleep = threading.Lock()
             asleep.acquire()
             if mailbox.sleep(asleep.release) and not asleep.acquire(timeout=-1 if timeout is None else timeout):
                 raise TimeoutError(f"no token in {timeout} s")
-        return mailbox.deltas.popleft()
+        return delta
 
     async def get_async(self) -> Delta | None:
         """The same without blocking the event loop."""
         mailbox, loop = self._mailbox, asyncio.get_running_loop()
-        while not mailbox.deltas:
+        while (delta := mailbox.take()) is None:
             if mailbox.ended():
                 return None
             arrived = asyncio.Event()
 
             def wake(arrived: asyncio.Event = arrived) -> None:
-                loop.call_soon_threadsafe(arrived.set)
+                with suppress(RuntimeError):  # the loop was closed with its reader still waiting
+                    loop.call_soon_threadsafe(arrived.set)
 
             if mailbox.sleep(wake):
                 await arrived.wait()
-        return mailbox.deltas.popleft()
+        return delta
 
     def gathered(self) -> list[Delta]:
         """The deltas that can be had without waiting, perhaps none."""
-        deltas = self._mailbox.deltas
-        return [deltas.popleft() for _ in range(len(deltas))]
+        return list(iter(self._mailbox.take, None))
 
     def close(self) -> None:
         """Abort what still runs, from any thread; again is no harm. What was not read yet is dropped."""
