@@ -34,8 +34,7 @@ def step(model: Transformer, n_queries: list[int], max_len: int) -> None:
     rows, n_seqs, block_size = sum(n_queries), len(n_queries), 64
     starts = np.concatenate(([0], np.cumsum(n_queries))).astype(np.int32)
     lengths, tables = np.full(n_seqs, max_len, np.int32), np.zeros((n_seqs, max_len // block_size), np.int32)
-    invariant = model.batch_invariant
-    attention = kernels.plan_attention(starts, lengths, tables, block_size, META, batch_invariant=invariant)
+    attention = kernels.plan_attention(starts, lengths, tables, block_size, META)
     ids = torch.empty(rows, dtype=torch.int64, device=META)
     batch = Batch(ids, ids, ids, attention, torch.empty(n_seqs, dtype=torch.int64, device=META))
     cache = KVCache.empty(model.config, 1024, block_size, torch.bfloat16, META)

@@ -76,22 +76,19 @@ class Paged:
                 flat[rows.to(device)] = torch.randn(n, n_kv_heads, head_dim, device=device).to(dtype)
         return cls(guarded(k), guarded(v), tables, np.array(seqlens_k, np.int32))
 
-    def plan(self, n_queries: list[int], at: list[int] | None = None, batch_invariant: bool = False) -> AttentionPlan:
+    def plan(self, n_queries: list[int], at: list[int] | None = None) -> AttentionPlan:
         """The last n queries of each sequence, which ends at position `at` (the whole of it by default)."""
         seqlens_k = self.seqlens_k if at is None else np.array(at, np.int32)
         cu = np.concatenate(([0], np.cumsum(n_queries))).astype(np.int32)
         device = self.k.device
         tables = self.tables[: len(n_queries)]
-        cpu = None
-        if device.type == "cpu" and seqlens_k.min() > 0:
-            cpu = CpuPlan(cu, seqlens_k, tables, self.k.shape[1])
         return AttentionPlan(
             torch.from_numpy(cu).to(device),
             torch.from_numpy(seqlens_k).to(device),
             guarded(torch.from_numpy(tables)).to(device),
             max(n_queries),
             int(seqlens_k.max()),
-            cpu,
+            CpuPlan(cu, seqlens_k, tables, self.k.shape[1]) if device.type == "cpu" else None,
             plan_triton(cu, seqlens_k, device),
         )
 
