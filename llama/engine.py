@@ -146,6 +146,7 @@ class Engine:
                 seat.release()
             raise
         mailbox = Mailbox(len(request.prompts) * request.n, seat, self._abort)
+        mailbox.stats.steps = [] if request.trace else None
         self._inbox.put(partial(self._loop.add, mailbox, self._sequences(request)))
         if self._loop.closing:
             self._check_alive(mailbox)

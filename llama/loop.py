@@ -18,7 +18,7 @@ from llama.errors import EngineClosed, EngineDead, RequestFailed
 from llama.runner import StepResult
 from llama.scheduler import Plan, Scheduler
 from llama.sequence import FinishReason, Sequence, TokenLogprobs
-from llama.stream import Delta, Mailbox
+from llama.stream import Delta, Mailbox, StepTrace
 
 log = logging.getLogger("llama")
 
@@ -72,12 +72,13 @@ class EngineLoop:
             self.on_step(self)
         if not self.scheduler.has_work:
             return
+        started = time.monotonic()
         plan = self.scheduler.schedule()
         result = self._run(plan)
         self._fail_non_finite(plan, result)
         self.n_prompt_tokens += sum(n for seq, n in zip(plan.seqs, plan.counts, strict=True) if seq.n_generated == 0)
         self.scheduler.commit(plan, result.tokens)
-        self._deliver(plan, result)
+        self._deliver(plan, result, started)
         self.n_steps += 1
         self.last_beat = time.monotonic()
 
@@ -144,17 +145,20 @@ class EngineLoop:
             self.scheduler.finish(seq, reason)
             del self.tracks[seq]
 
-    def _deliver(self, plan: Plan, result: StepResult) -> None:
+    def _deliver(self, plan: Plan, result: StepResult, started: float) -> None:
         """Turn the step's tokens into text, hand them over, then wake each reader once."""
         now = time.monotonic()
         mailboxes: dict[Mailbox, None] = {}
-        for seq, token, logprobs in zip(plan.seqs, result.tokens, result.logprobs, strict=True):
+        for i, (seq, token, logprobs) in enumerate(zip(plan.seqs, result.tokens, result.logprobs, strict=True)):
             track = self.tracks.get(seq)
             if track is None:
                 continue
             mailbox = track.mailbox
             if not track.started:
-                self._start(seq, track, now)
+                self._start(seq, track, started)
+            if mailbox.stats.steps is not None:
+                step = StepTrace(self.n_steps, plan.counts[i], len(plan.seqs), plan.n_tokens, now - started)
+                mailbox.stats.note_step(step)
             if token is None and seq.finish_reason is None:
                 continue
             delta = self._delta(seq, track, token, logprobs)

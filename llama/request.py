@@ -102,6 +102,7 @@ class Request:
 
     Sequence p * n + j is choice j of prompt p. salt: requests share cached blocks only with equal salts. chat: the
     answer's text is decoded on its own, as Meta's chat code does, not as a continuation of the prompt's text.
+    trace: note the steps it takes part in, in its stream's `stats`.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -109,6 +110,7 @@ class Request:
     n: int = 1
     salt: str = ""
     chat: bool = False
+    trace: bool = False
 
 
 def check_request(request: Request, vocab_size: int, max_seq_len: int, max_cached: int, limits: Limits) -> None:

@@ -38,9 +38,23 @@ class Delta:
     prompt_logprobs: list[TokenLogprobs] | None = None
 
 
+MAX_TRACED_STEPS = 1024
+
+
+@dataclass(slots=True)
+class StepTrace:
+    """One step of the engine, as a request saw it: how many tokens of its own, and of all sequences, it computed."""
+
+    number: int
+    n_tokens: int
+    batch_seqs: int
+    batch_tokens: int
+    seconds: float
+
+
 @dataclass(slots=True)
 class RequestStats:
-    """Times in seconds of time.monotonic(); counts of tokens."""
+    """Times in seconds of time.monotonic(); counts of tokens. steps: the first ones, if the request asked for them."""
 
     submitted: float
     first_scheduled: float | None = None
@@ -48,6 +62,14 @@ class RequestStats:
     finished: float | None = None
     cached_tokens: int = 0
     preemptions: int = 0
+    steps: list[StepTrace] | None = None
+
+    def note_step(self, step: StepTrace) -> None:
+        """Add a step; the sequences of one request that share a step make one entry."""
+        if self.steps and self.steps[-1].number == step.number:
+            self.steps[-1].n_tokens += step.n_tokens
+        elif self.steps is not None and len(self.steps) < MAX_TRACED_STEPS:
+            self.steps.append(step)
 
 
 class Mailbox:
