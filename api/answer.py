@@ -29,6 +29,7 @@ from api.schema import (
     Explain,
     FinishReason,
     PromptTokensDetails,
+    Step,
     TokenLogprob,
     TopLogprob,
     Usage,
@@ -196,6 +197,15 @@ class Answer(ABC, Generic[Whole, Chunk]):
             total_ms=_ms(stats.submitted, stats.finished),
             cached_tokens=stats.cached_tokens,
             preemptions=stats.preemptions,
+            steps=[
+                Step(
+                    tokens=step.n_tokens,
+                    batch_sequences=step.batch_seqs,
+                    batch_tokens=step.batch_tokens,
+                    ms=round(step.seconds * 1000, 3),
+                )
+                for step in stats.steps or []
+            ],
         )
 
     def _token(self, entry: TokenLogprobs, progress: Progress) -> TokenLogprob:

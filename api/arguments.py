@@ -164,7 +164,7 @@ def token_ids(name: str, value: Any, context: Context) -> list[int]:
         raise bad_type(name, value, "a list of token ids")
     if len(value) > context.limits.stop_token_ids:
         raise bad_value(name, len(value), f"at most {context.limits.stop_token_ids} ids")
-    return [_token_id(name, token_id, context) for token_id in value]
+    return [token_id(name, one, context) for one in value]
 
 
 def biases(name: str, value: Any, context: Context) -> dict[int, float]:
@@ -178,7 +178,7 @@ def biases(name: str, value: Any, context: Context) -> dict[int, float]:
             if not DECIMAL.fullmatch(key):
                 raise bad_value(name, key, "keys are token ids in decimal")
             key = int(key)
-        if _token_id(name, key, context) in read:
+        if token_id(name, key, context) in read:
             raise bad_value(name, key, "this token id is given twice")
         read[key] = number(-100, 100)(name, bias, context)
     return read
@@ -275,7 +275,7 @@ def _check_unicode(name: str, text: str) -> None:
         raise bad_value(name, error.value, error.limit) from error
 
 
-def _token_id(name: str, value: Any, context: Context) -> int:
+def token_id(name: str, value: Any, context: Context) -> int:
     if type(value) is not int:
         raise bad_type(name, value, "token ids")
     if not 0 <= value < context.vocab_size:
@@ -288,7 +288,7 @@ def _id_prompt(name: str, value: Any, context: Context) -> list[int]:
         raise bad_type(name, value, "a list of token ids, like the ones before it")
     if not value:
         raise bad_value(name, value, "a prompt of ids needs at least one")
-    return [_token_id(name, token_id, context) for token_id in value]
+    return [token_id(name, one, context) for one in value]
 
 
 def _missing(name: str) -> BadRequestError:
@@ -399,7 +399,7 @@ def read(
             continue
         if row is None:
             if not _asks_nothing(value):
-                ignored.append(name)
+                ignored.append(str(name))
             continue
         checked = row.check(name, value, context) if row.check else value
         if row.action is Action.HONOURED:

@@ -90,7 +90,7 @@ class Deadline:
 
     @property
     def passed(self) -> bool:
-        return self._end is not None and time.monotonic() >= self._end
+        return self._end is not None and time.monotonic() >= self._end - 0.001  # waits end a little early
 
     def left(self) -> float | None:
         return None if self._end is None else max(self._end - time.monotonic(), 0.0)

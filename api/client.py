@@ -13,6 +13,7 @@ import llama
 from api.answer import Chunk, Compat, Whole
 from api.arguments import Endpoint as EndpointName
 from api.call import AsyncChunkStream, Call, ChunkStream
+from api.errors import bad_type
 from api.schema import ChatCompletion, ChatCompletionChunk, Completion, Health, Model, ModelList, Text, Tokens
 from api.served import Models, Settings
 from llama.config import EngineConfig, Limits
@@ -32,6 +33,8 @@ class Caller(Generic[Whole, Chunk]):
     def _call(
         self, fields: dict[str, Any], extra_body: Mapping[str, Any] | None, wait: Any, timeout: Any
     ) -> Call[Whole, Chunk]:
+        if extra_body is not None and not isinstance(extra_body, Mapping):
+            raise bad_type("extra_body", extra_body, "an object")
         return Call(self._models, self._endpoint, {**fields, **(extra_body or {})}, wait, timeout)
 
     @overload
@@ -237,9 +240,19 @@ class Client(BaseClient):
     def models(self) -> ModelNames:
         return ModelNames(self._models)
 
-    def tokenize(self, prompt: str | None = None, *, model: str | None = None, **options: Any) -> Tokens:
-        """The ids a prompt, or `messages=`, would have; see `api.served.Served.tokenize`. Takes no slot."""
-        return self._models.find(model).tokenize(prompt, **options)
+    def tokenize(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Any] | None = None,
+        add_special_tokens: bool = True,
+        parse_special: bool = True,
+        return_token_strs: bool = False,
+        model: str | None = None,
+    ) -> Tokens:
+        """The ids that a request with this prompt, or these messages, would have. Takes no slot."""
+        served = self._models.find(model)
+        return served.tokenize(prompt, messages, add_special_tokens, parse_special, return_token_strs)
 
     def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> Text:
         """The text of token ids. Takes no slot."""
@@ -273,8 +286,19 @@ class AsyncClient(BaseClient):
     def models(self) -> AsyncModelNames:
         return AsyncModelNames(self._models)
 
-    async def tokenize(self, prompt: str | None = None, *, model: str | None = None, **options: Any) -> Tokens:
-        return await asyncio.to_thread(self._models.find(model).tokenize, prompt, **options)
+    async def tokenize(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Any] | None = None,
+        add_special_tokens: bool = True,
+        parse_special: bool = True,
+        return_token_strs: bool = False,
+        model: str | None = None,
+    ) -> Tokens:
+        """The same."""
+        tokenize = self._models.find(model).tokenize
+        return await asyncio.to_thread(tokenize, prompt, messages, add_special_tokens, parse_special, return_token_strs)
 
     async def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> Text:
         return await asyncio.to_thread(self._models.find(model).detokenize, tokens)

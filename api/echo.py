@@ -41,8 +41,9 @@ def from_text(
     return Prompt([tokenizer.bos_id, *ids] if added else ids, text, n_added=int(added))
 
 
-def from_ids(ids: list[int], tokenizer: Tokenizer) -> Prompt:
-    return Prompt(ids, tokenizer.decode(ids), as_ids=True)
+def from_ids(ids: list[int], tokenizer: Tokenizer, echo: bool) -> Prompt:
+    """A prompt of ids; its text is made only for an echo."""
+    return Prompt(ids, tokenizer.decode(ids) if echo else "", as_ids=True)
 
 
 def offsets(prompt: Prompt, vocabulary: Vocabulary) -> list[int]:

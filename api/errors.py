@@ -166,6 +166,11 @@ def unsupported(param: str, message: str) -> BadRequestError:
     return BadRequestError(message, param=param, code="unsupported_value")
 
 
+def no_such_model(name: object) -> NotFoundError:
+    """404 for a model that is not served."""
+    return NotFoundError(f"The model {shorten(name)} does not exist.", param="model")
+
+
 def from_engine(error: EngineError, prompt_field: str = "prompt") -> APIError:
     """The error a caller of this interface gets for one of the engine's.
 

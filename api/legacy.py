@@ -12,6 +12,8 @@ from typing import Any
 import api.schema as schema
 from api.call import AsyncChunkStream, ChunkStream
 from api.client import Client
+from api.errors import no_such_model
+from llama.errors import ConfigError
 
 _lock = threading.Lock()
 _default: Client | None = None
@@ -38,11 +40,16 @@ def shutdown() -> None:
 
 
 def default_client(model: str | None = None) -> Client:
-    """The default client, made for `model` if there is none yet."""
+    """The default client, made for `model` if there is none yet. Raises NotFoundError if that is no checkpoint."""
     global _default
     with _lock:
         if _default is None:
-            _default = Client("demo" if model is None else model)
+            try:
+                _default = Client("demo" if model is None else model)
+            except ConfigError as error:
+                if error.field != "model":
+                    raise
+                raise no_such_model(error.value) from error
         return _default
 
 
@@ -50,10 +57,8 @@ def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
     """Old names of fields, as they are called today."""
     renamed = dict(fields)
     for old, new in (("engine", "model"), ("request_timeout", "timeout")):
-        if renamed.get(old) is not None and renamed.get(new) is None:
+        if renamed.get(new) is None and old in renamed:
             renamed[new] = renamed.pop(old)
-        else:
-            renamed.pop(old, None)
     return renamed
 
 

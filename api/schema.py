@@ -20,7 +20,7 @@ FinishReason = Literal["stop", "length"]
 class Object(BaseModel):
     """A JSON object with attribute and mapping access."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid")
 
     def to_dict(self) -> dict[str, Any]:
         """The wire form."""
@@ -150,7 +150,7 @@ class Step(Object):
 
 
 class Explain(Object):
-    """What happened to the request; all times in milliseconds. steps: the first ones, `n_steps` in all.
+    """What happened to the request; all times in milliseconds. steps: the first ones, a bounded number.
 
     queue_ms: until its first step. prefill_ms: from there to the first token. decode_ms: from there to the last.
     seed: null where prompts were given one each.
@@ -164,8 +164,7 @@ class Explain(Object):
     total_ms: float | None
     cached_tokens: int
     preemptions: int
-    n_steps: int = 0
-    steps: list[Step] = []
+    steps: list[Step]
 
 
 class ChatMessage(Object):

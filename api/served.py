@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import llama
 from api.answer import Answer, ChatAnswer, Compat, CompletionAnswer, Heading
-from api.arguments import Arguments, Context, Endpoint, message_list, read
+from api.arguments import Arguments, Context, Endpoint, message_list, read, token_id
 from api.echo import Prompt, from_ids, from_text
-from api.errors import BadRequestError, NotFoundError, ServiceUnavailableError, bad_type, shorten, translated
+from api.errors import BadRequestError, NotFoundError, ServiceUnavailableError, bad_type, no_such_model, translated
 from api.fingerprint import fingerprint
 from api.schema import Health, Model, Text, Tokens
 from llama.chat import render
@@ -53,6 +53,7 @@ class Served:
         self.tokenizer: Tokenizer = engine.tokenizer
         self.created = int(time.time())
         self.fingerprint = fingerprint(engine.model_dir, engine)
+        self._context = Context("chat", settings.limits, engine.model_config.vocab_size)
         engine.limits = settings.limits
 
     @property
@@ -78,7 +79,7 @@ class Served:
         return [
             self._from_text(item, arguments.add_special_tokens, arguments.parse_special)
             if isinstance(item, str)
-            else from_ids(item, self.tokenizer)
+            else from_ids(item, self.tokenizer, arguments.echo)
             for item in arguments.prompts
         ]
 
@@ -90,7 +91,9 @@ class Served:
         alone = arguments.endpoint == "chat" or self.settings.compat == "anyscale"
         try:
             prompts = self.prompts(arguments)
-            request = llama.Request([prompt.ids for prompt in prompts], params, n=arguments.best_of, chat=alone)
+            request = llama.Request(
+                [prompt.ids for prompt in prompts], params, n=arguments.best_of, chat=alone, trace=arguments.explain
+            )
         except BaseException:
             seat.release()
             raise
@@ -140,19 +143,17 @@ class Served:
                     raise bad_type("prompt", prompt, "a string")
                 ids = self._from_text(prompt, add_special_tokens, parse_special).ids
             else:
-                context = Context("chat", self.settings.limits, self.engine.model_config.vocab_size)
-                ids = self._render(message_list("messages", messages, context))
+                ids = self._render(message_list("messages", messages, self._context))
         tokens = Tokens(tokens=ids, count=len(ids), max_model_len=self.engine.max_seq_len)
         if return_token_strs:
-            tokens.set(token_strs=[self.tokenizer.token_string(token_id) for token_id in ids])
+            tokens.set(token_strs=[self.tokenizer.token_string(one) for one in ids])
         return tokens
 
     def detokenize(self, tokens: Any) -> Text:
         """The text of token ids. Raises BadRequestError."""
-        if not isinstance(tokens, (list, tuple)) or not all(type(token_id) is int for token_id in tokens):
+        if not isinstance(tokens, (list, tuple)):
             raise bad_type("tokens", tokens, "a list of token ids")
-        with translated("tokens"):
-            return Text(prompt=self.tokenizer.decode(tokens))
+        return Text(prompt=self.tokenizer.decode([token_id("tokens", one, self._context) for one in tokens]))
 
     def _render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         return render(messages, self.tokenizer, self.settings.special_tags, self.engine.max_seq_len)
@@ -207,7 +208,7 @@ class Models:
         if not isinstance(name, str):
             raise bad_type("model", name, "a string")
         if name not in self._by_name:
-            raise NotFoundError(f"The model {shorten(name)} does not exist.", param="model")
+            raise no_such_model(name)
         return self._by_name[name]
 
     def all(self) -> list[Served]:
