@@ -338,7 +338,7 @@ def _build_runner(
         parameters = load_parameters(folder, config, dtype, device, progress)
     model = Transformer(config, parameters, max_seq_len, batch_invariant)
     cache = KVCache.empty(config, plan.num_blocks, plan.block_size, dtype, device)
-    return Runner(model, cache, device, batch_invariant)
+    return Runner(model, cache, device)
 
 
 def _thread_main(
