@@ -211,8 +211,7 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor
 ) -> Tensor:
-    best, ids = logits.max(dim=-1)
-    ids = (logits == best[:, None]).int().argmax(dim=-1)  # the lowest id among equals
+    best, ids = logits.max(dim=-1)  # of equals the first, so the lowest id; NaN wins over all
     drawn = (temperature > 0).nonzero()[:, 0]
     if len(drawn):
         rows = slice(None) if len(drawn) == len(logits) else drawn
