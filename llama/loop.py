@@ -63,6 +63,7 @@ class EngineLoop:
             EngineDead(f"the engine stopped: {self.error!r}") if self.error else EngineClosed("the engine was closed")
         )
         self.closing = True
+        self._take_late_ones()
         for mailbox in {track.mailbox for track in self.tracks.values()}:
             mailbox.fail(reason)
         self.tracks.clear()
@@ -74,7 +75,10 @@ class EngineLoop:
             return
         started = time.monotonic()
         plan = self.scheduler.schedule()
-        result = self._run(plan)
+        culprits: list[tuple[Sequence, RequestFailed]] = []
+        result = self._run(plan, culprits)
+        for seq, error in culprits:  # only now: other choices of the same request may have been in the other half
+            self._fail(seq, error)
         self._fail_non_finite(plan, result)
         self.n_prompt_tokens += sum(n for seq, n in zip(plan.seqs, plan.counts, strict=True) if seq.n_generated == 0)
         self.scheduler.commit(plan, result.tokens)
@@ -113,8 +117,18 @@ class EngineLoop:
         self.last_beat = time.monotonic()
         return not self.closing
 
-    def _run(self, plan: Plan) -> StepResult:
-        """Run the plan. If that raises, halve it until the culprits are alone; fail them, keep the others' results."""
+    def _take_late_ones(self) -> None:
+        """Requests that came in behind the message that ended the loop; they get its error like all others."""
+        while True:
+            try:
+                self.inbox.get_nowait()()
+            except Empty:
+                return
+            except Exception:
+                log.exception("a message that came after the end of the engine")
+
+    def _run(self, plan: Plan, culprits: list[tuple[Sequence, RequestFailed]]) -> StepResult:
+        """Run the plan. If that raises, halve it until the culprits are alone, and keep the others' results."""
         try:
             return self.runner.run(plan)
         except Exception as error:
@@ -122,9 +136,9 @@ class EngineLoop:
                 raise  # the context is lost; nothing can be computed any more
             if len(plan.seqs) == 1:
                 log.exception("a request failed")
-                self._fail(plan.seqs[0], RequestFailed("internal_error", f"the step failed: {error}"))
+                culprits.append((plan.seqs[0], RequestFailed("internal_error", f"the step failed: {error}")))
                 return StepResult([None], [None])
-        first, second = (self._run(half) for half in plan.split())
+        first, second = (self._run(half, culprits) for half in plan.split())
         return StepResult(first.tokens + second.tokens, first.logprobs + second.logprobs)
 
     def _fail_non_finite(self, plan: Plan, result: StepResult) -> None:

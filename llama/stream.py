@@ -92,10 +92,10 @@ class Mailbox:
         ends = delta.finish_reason is not None
         if ends and self.unfinished == 1:
             self._end()  # first: a reader that has seen the end finds the slot free
-        self.deltas.append(delta)
-        if ends:
-            with self._lock:
-                self.unfinished = max(0, self.unfinished - 1)  # 0: abandoned meanwhile
+        with self._lock:
+            if self.unfinished:  # else abandoned meanwhile
+                self.deltas.append(delta)
+                self.unfinished -= ends
 
     def fail(self, error: BaseException) -> None:
         """Engine thread: the request is over; the reader gets what is there, then the error."""

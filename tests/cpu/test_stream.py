@@ -106,13 +106,12 @@ def test_closing_after_the_end_aborts_nothing() -> None:
 
 @pytest.mark.parametrize("end", [token(2, FinishReason.STOP), token(2)], ids=["its last", "not its last"])
 def test_a_step_that_was_running_when_the_stream_was_closed(end: Delta) -> None:
-    """Its tokens arrive after the close; a reader in another thread must still come to the end."""
+    """Its tokens come too late; a reader in another thread must still come to the end."""
     caller = Caller()
     caller.stream.close()
     caller.mailbox.put(end)
     caller.mailbox.wake()
-    read = [delta.token_ids for delta in iter(lambda: caller.stream.get(timeout=10), None)]
-    assert read in ([], [[2]])
+    assert caller.stream.get(timeout=10) is None
 
 
 def test_closing_wakes_a_reader_in_another_thread() -> None:
