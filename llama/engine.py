@@ -88,7 +88,8 @@ class Engine:
         self.model_config = model if isinstance(model, ModelConfig) else ModelConfig.from_dir(find_model(model))
         self.device = _device(self.config.device)
         self.dtype = _dtype(self.config.dtype, self.model_config.dtype, self.device)
-        self.batch_invariant = _batch_invariant(self.config, self.device, self.dtype)
+        asked = self.config.batch_invariant
+        self.batch_invariant = self.device.type == "cuda" if asked is None else asked
         self.max_seq_len = min(self.config.max_seq_len or 1 << 30, self.model_config.max_seq_len)
         self.tokenizer = _tokenizer(self.model_dir, self.model_config)
         self.memory_plan: MemoryPlan = plan_memory(
@@ -300,14 +301,6 @@ def _dtype(asked: str, stored: str, device: torch.device) -> torch.dtype:
         # fp16 sums overflow easily and are slow on CPUs; bf16 keeps the range.
         asked = "float32" if stored == "float16" and device.type == "cpu" else stored
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[asked]
-
-
-def _batch_invariant(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    if config.batch_invariant is None:
-        return device.type == "cuda"
-    if config.batch_invariant and device.type == "cpu" and dtype != torch.float32:
-        raise ConfigError("batch_invariant", True, f"holds on the CPU for float32 only, not {dtype}")
-    return config.batch_invariant
 
 
 def _tokenizer(folder: Path | None, config: ModelConfig) -> Tokenizer | None:
