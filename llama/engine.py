@@ -123,6 +123,7 @@ class Engine:
             self._thread.join()
             raise loop
         self._loop = loop
+        self.slots.expected_wait = loop.expected_wait
         # Also runs at interpreter exit, where a daemon thread inside torch would otherwise be cut off mid-step.
         self._closer = weakref.finalize(self, _close, self.slots, self._inbox, self._loop, self._thread)
 
@@ -141,7 +142,7 @@ class Engine:
             if params.stop and self.tokenizer is None:
                 raise InvalidRequest("stop", list(params.stop), "this model has no tokenizer; use stop_token_ids")
             if seat is None:
-                seat = self.slots.acquire(wait, self.retry_after())
+                seat = self.slots.acquire(wait)
         except BaseException:
             if seat is not None:
                 seat.release()
@@ -211,10 +212,6 @@ class Engine:
     def serving(self) -> bool:
         """False once the engine was closed, or stopped on an error."""
         return not self._loop.closing
-
-    def retry_after(self) -> float:
-        """Expected seconds until a slot is free, for callers that were refused."""
-        return 1.0
 
     def close(self) -> None:
         """Abort what runs, stop the thread and free the memory. Safe to call twice and from any thread."""

@@ -50,6 +50,7 @@ class EngineLoop:
         self.error: BaseException | None = None
         self.last_beat = time.monotonic()
         self.n_steps = self.n_prompt_tokens = self.n_generated_tokens = 0
+        self.step_seconds = 0.0  # of late steps, the last one counting a tenth
 
     def run(self) -> None:
         """Serve until `stop` is called through the inbox or an error ends it; every open request then gets an error."""
@@ -75,6 +76,8 @@ class EngineLoop:
             return
         started = time.monotonic()
         plan = self.scheduler.schedule()
+        if not plan.seqs:
+            raise RuntimeError("sequences wait, none runs, and none can be admitted")
         culprits: list[tuple[Sequence, RequestFailed]] = []
         result = self._run(plan, culprits)
         for seq, error in culprits:  # only now: other choices of the same request may have been in the other half
@@ -85,6 +88,12 @@ class EngineLoop:
         self._deliver(plan, result, started)
         self.n_steps += 1
         self.last_beat = time.monotonic()
+        self.step_seconds += (self.last_beat - started - self.step_seconds) * (0.1 if self.n_steps > 1 else 1.0)
+
+    def expected_wait(self) -> float:
+        """Seconds until the sequence nearest its end has ended, if steps go on as they do. From any thread."""
+        left = [seq.max_len - len(seq.token_ids) for seq in list(self.scheduler.running)]
+        return max(min(left, default=1), 1) * self.step_seconds
 
     # Messages; called in the engine thread through the inbox.
 

@@ -31,10 +31,14 @@ class _Waiter:
 
 
 class Slots:
-    """A first-come-first-served gate of `limit` seats; any thread and any event loop may ask."""
+    """A first-come-first-served gate of `limit` seats; any thread and any event loop may ask.
+
+    expected_wait: seconds until a seat may be free, as far as its owner knows; told to those who are refused.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.expected_wait: Callable[[], float] = lambda: 1.0
         self._taken = 0
         self._closed = False
         self._line: deque[_Waiter] = deque()
@@ -45,7 +49,7 @@ class Slots:
     def in_use(self) -> int:
         return self._taken
 
-    def acquire(self, wait: float | bool | None = None, retry_after: float = 1.0) -> Seat:
+    def acquire(self, wait: float | bool | None = None) -> Seat:
         """A seat. wait: None or False = now or never, True = for ever, else seconds. Raises SlotsFull, EngineClosed."""
         # A SimpleQueue may be filled from a finalizer in any thread, which an Event may not.
         arrived: SimpleQueue[None] = SimpleQueue()
@@ -55,7 +59,7 @@ class Slots:
             got.append(got_it)
             arrived.put(None)
 
-        waiter = self._take_or_queue(bool(wait), wake, retry_after)
+        waiter = self._take_or_queue(bool(wait), wake)
         if waiter is not None:
             timeout = None if wait is True else float(wait or 0)
             try:
@@ -65,10 +69,10 @@ class Slots:
             except BaseException:
                 self._leave(waiter, got)
                 raise
-            self._check(waiter, got, retry_after)
+            self._check(waiter, got)
         return Seat(self._give_back)
 
-    async def acquire_async(self, wait: float | bool | None = None, retry_after: float = 1.0) -> Seat:
+    async def acquire_async(self, wait: float | bool | None = None) -> Seat:
         """The same for event loops: waiting does not block the loop, and a cancelled task leaves the line."""
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
@@ -79,7 +83,7 @@ class Slots:
             with suppress(RuntimeError):  # the loop was closed; the task's own end gives the seat on
                 loop.call_soon_threadsafe(arrived.set)
 
-        waiter = self._take_or_queue(bool(wait), wake, retry_after)
+        waiter = self._take_or_queue(bool(wait), wake)
         if waiter is not None:
             timeout = None if wait is True else float(wait or 0)
             try:
@@ -89,7 +93,7 @@ class Slots:
             except BaseException:
                 self._leave(waiter, got)
                 raise
-            self._check(waiter, got, retry_after)
+            self._check(waiter, got)
         return Seat(self._give_back)
 
     def close(self) -> None:
@@ -99,7 +103,7 @@ class Slots:
             while self._line:
                 self._line.popleft().wake(False)
 
-    def _take_or_queue(self, may_wait: bool, wake: Callable[[bool], None], retry_after: float) -> _Waiter | None:
+    def _take_or_queue(self, may_wait: bool, wake: Callable[[bool], None]) -> _Waiter | None:
         """Take a seat (None), or stand in line (the waiter)."""
         with self._lock:
             if self._closed:
@@ -108,16 +112,16 @@ class Slots:
                 self._taken += 1
                 return None
             if not may_wait:
-                raise SlotsFull(self.limit, retry_after)
+                raise SlotsFull(self.limit, self.expected_wait())
             waiter = _Waiter(wake)
             self._line.append(waiter)
             return waiter
 
-    def _check(self, waiter: _Waiter, got: list[bool], retry_after: float) -> None:
+    def _check(self, waiter: _Waiter, got: list[bool]) -> None:
         with self._lock:
             if not got:
                 self._line.remove(waiter)
-                raise SlotsFull(self.limit, retry_after)
+                raise SlotsFull(self.limit, self.expected_wait())
         if not got[0]:
             raise EngineClosed("the engine was closed while the request waited for a slot")
 
