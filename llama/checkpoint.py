@@ -93,7 +93,7 @@ def shard_files(folder: Path) -> list[Path]:
             raise LoadError(index, "has no weight_map")
         files = []
         for file in sorted({str(file) for file in weight_map.values()}):
-            if file in (".", "..") or Path(file).name != file:
+            if file in ("", ".", "..") or Path(file).name != file:
                 raise LoadError(index, f"names {file!r}, which is not a plain file name inside the folder")
             if not (folder / file).is_file():
                 raise LoadError(folder / file, f"is missing, but {_INDEX} names it")
