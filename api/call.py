@@ -41,16 +41,14 @@ class Call(Generic[Whole, Chunk]):
 
     def start(self) -> Running[Whole, Chunk]:
         """Take a slot, waiting as long as may be, and submit."""
-        slots, retry_after = self.served.engine.slots, self.served.engine.retry_after()
         with self._slot_errors():
-            seat = slots.acquire(self._wait(), retry_after)
+            seat = self.served.engine.slots.acquire(self._wait())
         return self._begin(seat)
 
     async def start_async(self) -> Running[Whole, Chunk]:
         """The same without blocking the event loop."""
-        slots, retry_after = self.served.engine.slots, self.served.engine.retry_after()
         with self._slot_errors():
-            seat = await slots.acquire_async(self._wait(), retry_after)
+            seat = await self.served.engine.slots.acquire_async(self._wait())
         if self._n_characters() <= LONG_TEXT:
             return self._begin(seat)
         return await asyncio.to_thread(self._begin, seat)
