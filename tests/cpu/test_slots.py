@@ -56,10 +56,11 @@ def test_sixty_threads_on_thirty_slots() -> None:
 
 def test_a_full_house_refuses_at_once() -> None:
     slots = Slots(2)
+    slots.expected_wait = lambda: 2.5
     seats = [slots.acquire(), slots.acquire()]
     for wait in (None, False, 0):
         with pytest.raises(SlotsFull) as caught:
-            slots.acquire(wait, retry_after=2.5)
+            slots.acquire(wait)
         assert (caught.value.limit, caught.value.retry_after) == (2, 2.5)
     seats[0].release()
     assert slots.acquire() is not None
