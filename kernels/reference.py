@@ -187,6 +187,8 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, n_top: int) -> tuple[Tenso
         return chosen, empty.long(), empty
     n_wide = min(logits.shape[1], n_top + 32)
     top, ids = logprobs.topk(n_wide, dim=-1)
+    if n_wide < logits.shape[1] and bool((top[:, n_top - 1] == top[:, -1]).any()):
+        top, ids = logprobs.sort(dim=-1, descending=True, stable=True)  # equals may lie beyond the ones looked at
     by_id = ids.argsort(dim=-1)
     ids, top = ids.gather(1, by_id), top.gather(1, by_id)
     order = top.argsort(dim=-1, descending=True, stable=True)[:, :n_top]
