@@ -18,8 +18,8 @@ from torch import Tensor
 from kernels.attention_plan import TILE_KEYS, TILE_ROWS, AttentionPlan, QueryTiles, SequenceSpan
 from kernels.linear_weight import LinearWeight
 
-# Up to this many bytes of keys, one gather for the whole decode batch beats a call per sequence.
-_GATHER_BYTES = 8 << 20
+# Up to this many bytes of keys per sequence, one gather for the whole decode batch beats a call for each of them.
+_GATHER_BYTES = 64 << 10
 
 
 def rms_norm(
@@ -84,7 +84,7 @@ def paged_attention(
     if batch_invariant:
         return _attend_tiles(q, k_cache, v_cache, plan.cpu.tiles, scale)
     row_bytes = k_cache[0, 0].numel() * k_cache.element_size()
-    if plan.cpu.all_decode and len(q) * plan.max_seqlen_k * row_bytes <= _GATHER_BYTES:
+    if plan.cpu.all_decode and plan.max_seqlen_k * row_bytes <= _GATHER_BYTES:
         return _attend_gathered(q, k_cache, v_cache, *plan.cpu.gather, scale)
     out = torch.empty_like(q)
     for span in plan.cpu.spans:

@@ -42,6 +42,8 @@ class BlockPool:
         self.num_blocks, self.block_size, self.prefix_cache = num_blocks, block_size, prefix_cache
         self._refs = [0] * num_blocks
         self._blank = dict.fromkeys(range(num_blocks - 1, PAD_BLOCK, -1))  # taken from the end: low numbers first
+        # 1: blank, and not kept for the growth of the owner of the blocks before it. A hint for placing, no more.
+        self._open = bytearray(b"\0" + b"\1" * (num_blocks - 1))
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._cached: dict[int, CachedBlock] = {}
         self._by_key: dict[bytes, int] = {}
@@ -57,17 +59,23 @@ class BlockPool:
     def blocks_for(self, n_tokens: int) -> int:
         return -(-n_tokens // self.block_size)
 
-    def allocate(self, after: int = PAD_BLOCK) -> int:
-        """A block for a new owner, the one behind `after` if it is blank (neighbours can be read without a copy).
+    def allocate(self, after: int = PAD_BLOCK, room: int = 1) -> int:
+        """A block for a new owner. Blocks side by side can be read without a copy, so it is placed with care:
 
+        behind `after`, the owner's last block, if that one is blank; else at the start of `room` blank ones, as many as
+        the owner may come to need, which others leave alone while there are more; else anywhere.
         The caller makes sure that n_free is not 0. An idle block taken is forgotten by the prefix cache.
         """
         if self._blank:
             block = after + 1
-            if after != PAD_BLOCK and block in self._blank:
-                del self._blank[block]
-            else:
-                block, _ = self._blank.popitem()
+            if after == PAD_BLOCK or block not in self._blank:
+                block = self._open.find(b"\1" * room)
+                if block > PAD_BLOCK:
+                    self._open[block : block + room] = bytes(room)
+                else:
+                    block = next(reversed(self._blank))
+            del self._blank[block]
+            self._open[block] = 0
         else:
             block, _ = self._idle.popitem(last=False)
             del self._by_key[self._cached.pop(block).key]
@@ -86,6 +94,8 @@ class BlockPool:
                 self._idle[block] = None
             else:
                 self._blank[block] = None
+                self._open[block] = 1
+            self._reopen(block + 1)
 
     def publish(self, block: int, key: bytes, tokens: tuple[int, ...]) -> None:
         """A held block is full and computed: let later prompts find it. A second one of equal content stays private."""
@@ -116,9 +126,17 @@ class BlockPool:
             keys.append(key)
         return blocks, keys
 
+    def _reopen(self, block: int) -> None:
+        """What was kept for the growth of a block's owner is for everyone again: up to the next block in use."""
+        while block in self._blank and not self._open[block]:
+            self._open[block] = 1
+            block += 1
+
     def forget(self) -> None:
         """Drop every cached prefix."""
         self._blank.update(dict.fromkeys(self._idle))
+        for block in self._idle:
+            self._open[block] = 1
         self._idle.clear()
         self._cached.clear()
         self._by_key.clear()
@@ -134,6 +152,8 @@ class BlockPool:
                 raise RuntimeError(f"block {block}: in {places} of the states held, idle and blank")
             if block in self._idle and block not in self._cached:
                 raise RuntimeError(f"block {block}: idle, but its tokens are not known")
+            if self._open[block] and block not in self._blank:
+                raise RuntimeError(f"block {block}: offered to new owners, but not blank")
             if block in self._blank and block in self._cached:
                 raise RuntimeError(f"block {block}: blank, but a prompt could still find it")
         if held[PAD_BLOCK]:

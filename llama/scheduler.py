@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from llama.blocks import BlockPool, block_key, root_key
+from llama.blocks import PAD_BLOCK, BlockPool, block_key, root_key
 from llama.sequence import FinishReason, Sequence
 
 # A sequence preempted this often comes back only with blocks for its whole remaining length, and then stays.
@@ -174,9 +174,9 @@ class Scheduler:
             self.n_prefix_hits += seq.num_cached
 
     def _grow(self, seq: Sequence, n_blocks: int) -> None:
-        table = seq.block_table
+        table, whole = seq.block_table, self.pool.blocks_for(seq.max_len)
         for _ in range(n_blocks):
-            table.append(self.pool.allocate(table[-1] if table else 0))
+            table.append(self.pool.allocate(table[-1] if table else PAD_BLOCK, whole - len(table)))
 
     def _publish(self, seq: Sequence) -> None:
         """Let later prompts find the blocks that this step filled."""
