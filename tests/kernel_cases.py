@@ -11,15 +11,21 @@ from torch import Tensor
 from kernels.attention_plan import AttentionPlan, CpuPlan, plan_triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_GUARD = 64
+GUARD = 4096
 
 
 def guarded(tensor: Tensor) -> Tensor:
     """A copy with NaN (or the worst integer) on both sides: a read past either end shows in the result."""
     worst = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 2
-    whole = torch.full((tensor.numel() + 2 * _GUARD,), worst, dtype=tensor.dtype, device=tensor.device)
-    whole[_GUARD:-_GUARD] = tensor.reshape(-1)
-    return whole[_GUARD:-_GUARD].view(tensor.shape)
+    whole = torch.full((tensor.numel() + 2 * GUARD,), worst, dtype=tensor.dtype, device=tensor.device)
+    whole[GUARD:-GUARD] = tensor.reshape(-1)
+    return whole[GUARD:-GUARD].view(tensor.shape)
+
+
+def guards_are_nan(tensor: Tensor) -> bool:
+    """Nothing was stored past either end of a `guarded` tensor of floats."""
+    whole = tensor.as_strided((tensor.numel() + 2 * GUARD,), (1,), tensor.storage_offset() - GUARD)
+    return bool(whole[:GUARD].isnan().all() and whole[-GUARD:].isnan().all())
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:

@@ -14,13 +14,13 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # kernel_cases.py
 
+from kernel_cases import GUARD  # noqa: E402
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRET:
     from interpreter import repair
 
     repair()
-
-_GUARD = 64
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,24 +41,22 @@ def seeded() -> Iterator[None]:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh tensors start as NaN (or the worst integer) and lie between guards that must stay so."""
+    """Fresh tensors start as NaN (or the worst integer) and lie between guards that must stay as they are."""
     plain, made = torch.empty, []
-
-    def worst(dtype: torch.dtype) -> float | int:
-        return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max // 2
+    sentinel = 77  # a store past the end may well be NaN
 
     def empty(*size: int | tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
         shape = size[0] if isinstance(size[0], tuple) else size
         numel = int(np.prod(shape))
-        whole = plain(numel + 2 * _GUARD, dtype=dtype, device=device).fill_(worst(dtype))
+        whole = plain(numel + 2 * GUARD, dtype=dtype, device=device).fill_(sentinel)
         made.append(whole)
-        return whole[_GUARD : _GUARD + numel].view(shape)
+        inside = whole[GUARD : GUARD + numel].view(shape)
+        return inside.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max // 2)
 
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch, "empty_like", lambda x: empty(tuple(x.shape), dtype=x.dtype))
     yield
     assert made, "the kernel's wrapper allocates in a way this fixture does not see"
     for whole in made:
-        for guard in (whole[:_GUARD], whole[-_GUARD:]):
-            untouched = guard.isnan() if guard.is_floating_point() else guard == worst(guard.dtype)
-            assert bool(untouched.all()), "a store past the end of an output"
+        for guard in (whole[:GUARD], whole[-GUARD:]):
+            assert bool((guard == sentinel).all()), "a store past the end of an output"

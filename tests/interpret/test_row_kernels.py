@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import DTYPES, check, guarded, normal
+from kernel_cases import DTYPES, check, guarded, guards_are_nan, normal
 
 from kernels import reference, triton_ops
 
@@ -49,7 +49,7 @@ def test_rope_write(n_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.d
     qkv = normal(3, (n_heads + 2 * n_kv_heads) * head_dim, dtype=dtype)
     cos_sin = guarded(reference.rope_table(head_dim, 40, 10000.0, 1.0, torch.device("cpu")))
     positions, kv_index = guarded(torch.tensor([0, 5, 39])), guarded(torch.tensor([7, 47, 20]))
-    caches = [torch.full((3, 16, n_kv_heads, head_dim), float("nan"), dtype=dtype) for _ in range(4)]
+    caches = [guarded(torch.full((3, 16, n_kv_heads, head_dim), float("nan"), dtype=dtype)) for _ in range(4)]
     q = triton_ops.rope_write(qkv, cos_sin, positions, kv_index, caches[0], caches[1], n_heads)
     twin = reference.rope_write(qkv, cos_sin, positions, kv_index, caches[2], caches[3], n_heads)
 
@@ -66,9 +66,10 @@ def test_rope_write(n_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.d
 
 def test_rope_write_leaves_the_cache_alone_for_padding_rows() -> None:
     qkv, cos_sin = normal(2, 6 * 16), reference.rope_table(16, 8, 10000.0, 1.0, torch.device("cpu"))
-    k, v = torch.zeros(1, 4, 1, 16), torch.zeros(1, 4, 1, 16)
+    k, v = guarded(torch.zeros(1, 4, 1, 16)), guarded(torch.zeros(1, 4, 1, 16))
     triton_ops.rope_write(qkv, cos_sin, torch.tensor([3, 0]), torch.tensor([2, -1]), k, v, 4)
     assert (k.view(4, -1) != 0).any(1).tolist() == (v.view(4, -1) != 0).any(1).tolist() == [False, False, True, False]
+    assert guards_are_nan(k) and guards_are_nan(v)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
