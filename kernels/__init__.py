@@ -112,7 +112,7 @@ def plan_attention(
         int(np.diff(cu_seqlens_q).max()),
         int(seqlens_k.max()),
         CpuPlan(cu_seqlens_q, seqlens_k, block_tables, block_size) if on_cpu else None,
-        None if on_cpu else plan_triton(cu_seqlens_q, seqlens_k, device),
+        None if on_cpu else plan_triton(cu_seqlens_q, seqlens_k, block_tables, device),
     )
 
 

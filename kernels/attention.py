@@ -256,7 +256,9 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float, *, batch_invariant: bool = False
 ) -> Tensor:
     """As its twin; the same kernels with and without batch_invariant. Rows of sequences of length 0 stay unwritten."""
-    expect("q", q, (None, None, None), FLOATS, q.device)
+    if plan.triton is None:
+        raise ValueError(f"plan: expected one made for Triton kernels on {q.device}, got one without that part")
+    expect("q", q, (plan.triton.n_rows, None, None), FLOATS, q.device)
     n_heads, head_dim = q.shape[1:]
     expect("k_cache", k_cache, (None, None, None, head_dim), q.dtype, q.device)
     expect("v_cache", v_cache, tuple(k_cache.shape), q.dtype, q.device)
@@ -269,8 +271,12 @@ def paged_attention(
     expect("plan.seqlens_k", plan.seqlens_k, (None,), torch.int32, q.device)
     expect("plan.cu_seqlens_q", plan.cu_seqlens_q, (n_seqs + 1,), torch.int32, q.device)
     expect("plan.block_tables", plan.block_tables, (n_seqs, None), torch.int32, q.device)
-    if plan.triton is None:
-        raise ValueError(f"plan: expected one made for Triton kernels on {q.device}, got one without that part")
+    num_blocks, block_size = k_cache.shape[:2]
+    if plan.triton.last_block >= num_blocks:
+        raise ValueError(f"plan.block_tables: expected blocks below {num_blocks}, got {plan.triton.last_block}")
+    if plan.max_seqlen_k > plan.block_tables.shape[1] * block_size:
+        given = f"{plan.block_tables.shape[1]} blocks of {block_size}"
+        raise ValueError(f"plan.block_tables: expected blocks for {plan.max_seqlen_k} keys, got {given}")
     out = torch.empty_like(q)
     launch_attention(q, k_cache, v_cache, plan, scale, out)
     return out

@@ -91,11 +91,14 @@ class CpuPlan:
 class TritonPlan:
     """What the Triton kernels need beyond the lengths.
 
+    n_rows, last_block: query rows of the batch, and the highest block of its tables.
     tiles: [n_tiles, 2] int32 (sequence, t), longest first: positions t * TILE_POSITIONS on, of sequences with several
-    queries. single: does a sequence with one query exist? arrivals: [n_seqs * MAX_KV_HEADS] int32 zeros, where the
-    programs that share a sequence's keys count themselves.
+    queries. single: does a sequence with one query exist?
+    arrivals: [n_seqs * MAX_KV_HEADS] int32 zeros, where the programs that share a sequence's keys count themselves.
     """
 
+    n_rows: int
+    last_block: int
     tiles: Tensor
     single: bool
     arrivals: Tensor
@@ -164,7 +167,9 @@ def _tiles(cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray, tables: np.ndarray, 
     )
 
 
-def plan_triton(cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray, device: torch.device) -> TritonPlan:
+def plan_triton(
+    cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray, tables: np.ndarray, device: torch.device
+) -> TritonPlan:
     """The Triton side of a plan. Arguments as in `AttentionPlan`, as numpy arrays."""
     n_queries = np.diff(cu_seqlens_q)
     work = [
@@ -175,4 +180,6 @@ def plan_triton(cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray, device: torch.d
     work.sort(key=lambda item: -item[1])
     tiles = torch.tensor(work, dtype=torch.int32).view(-1, 2)
     arrivals = torch.zeros(len(n_queries) * MAX_KV_HEADS, dtype=torch.int32, device=device)
-    return TritonPlan(tiles.to(device), bool((n_queries == 1).any()), arrivals)
+    return TritonPlan(
+        int(cu_seqlens_q[-1]), int(tables.max()), tiles.to(device), bool((n_queries == 1).any()), arrivals
+    )

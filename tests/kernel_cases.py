@@ -95,7 +95,7 @@ class Paged:
             max(n_queries),
             int(seqlens_k.max()),
             CpuPlan(cu, seqlens_k, tables, self.k.shape[1]) if device.type == "cpu" else None,
-            plan_triton(cu, seqlens_k, device),
+            plan_triton(cu, seqlens_k, tables, device),
         )
 
     def only(self, s: int) -> Paged:
