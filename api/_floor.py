@@ -4,6 +4,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 _spec = find_spec("llama")
-_found = Path(_spec.origin).parents[1] if _spec is not None and _spec.origin else None
-if _found != Path(__file__).parents[1]:
+_found = _spec.origin if _spec is not None else None
+if _found is None or Path(_found).parents[1] != Path(__file__).parents[1]:
     raise ImportError(f"the package 'llama' found at {_found} is not this project's; another shadows it")

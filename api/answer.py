@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from api.arguments import Arguments
-from api.echo import Prompt, offsets
+from api.echo import Prompt
+from api.logprobs import add_prompt, add_tokens, chat_token, extend
 from api.schema import (
     ChatChoice,
     ChatChunkChoice,
@@ -31,7 +32,6 @@ from api.schema import (
     PromptTokensDetails,
     Step,
     TokenLogprob,
-    TopLogprob,
     Usage,
 )
 from llama.sequence import FinishReason as Finished
@@ -46,8 +46,6 @@ Chunk = TypeVar("Chunk", ChatCompletionChunk, Completion)
 WithIds = TypeVar("WithIds", ChatChoice, ChatChunkChoice, CompletionChoice)
 WithPromptIds = TypeVar("WithPromptIds", ChatCompletion, ChatCompletionChunk)
 Dressed = TypeVar("Dressed", ChatCompletion, ChatCompletionChunk, Completion)
-
-LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 
 
 @dataclass
@@ -208,24 +206,6 @@ class Answer(ABC, Generic[Whole, Chunk]):
             ],
         )
 
-    def _token(self, entry: TokenLogprobs, progress: Progress) -> TokenLogprob:
-        """One generated token in the chat form."""
-        top = sorted(entry.top, key=lambda pair: (-pair[1], pair[0]))
-        shown = TokenLogprob(
-            **self._token_fields(entry.token_id, entry.logprob, progress.blank),
-            top_logprobs=[TopLogprob(**self._token_fields(*pair, progress.blank)) for pair in top],
-        )
-        progress.blank = progress.blank and entry.token_id in self._vocabulary.blank
-        return shown
-
-    def _token_fields(self, token_id: int, logprob: float, first: bool) -> dict[str, Any]:
-        added = self._vocabulary.piece_bytes(token_id, first)
-        return {
-            "token": self._vocabulary.names[token_id],
-            "logprob": max(logprob, LOWEST_LOGPROB),
-            "bytes": None if added is None else list(added),
-        }
-
 
 class ChatAnswer(Answer[ChatCompletion, ChatCompletionChunk]):
     """Answers of chat.completions."""
@@ -271,6 +251,11 @@ class ChatAnswer(Answer[ChatCompletion, ChatCompletionChunk]):
             end.choices[0].set(finish_reason=_finish_reason(delta))
             made.append(end)
         return made
+
+    def _token(self, entry: TokenLogprobs, progress: Progress) -> TokenLogprob:
+        shown = chat_token(entry, self._vocabulary, progress.blank)
+        progress.blank = progress.blank and entry.token_id in self._vocabulary.blank
+        return shown
 
     def _part(self, index: int, delta: ChatDelta, progress: Progress) -> ChatCompletionChunk:
         choice = ChatChunkChoice(index=index, delta=delta, finish_reason=None)
@@ -318,7 +303,7 @@ class CompletionAnswer(Answer[Completion, Completion]):
         logprobs = parts[0].logprobs
         if logprobs is not None and self.arguments.logprobs is not None:
             for part in parts[1:]:
-                _extend(logprobs, part.logprobs)
+                extend(logprobs, part.logprobs)
         choice = CompletionChoice(
             text="".join(part.text for part in parts),
             index=index,
@@ -335,8 +320,11 @@ class CompletionAnswer(Answer[Completion, Completion]):
             return []
         logprobs: CompletionLogprobs | None = None if self._openai else CompletionLogprobs()
         if arguments.logprobs is not None:
-            logprobs = self._prompt_logprobs(delta, progress.prompt) if echo else self._no_logprobs()
-            self._add_logprobs(logprobs, delta, progress)
+            logprobs = CompletionLogprobs(tokens=[], token_logprobs=[], text_offset=[])
+            logprobs.set(top_logprobs=[] if arguments.logprobs else None)
+            if echo:
+                add_prompt(logprobs, progress.prompt, delta.prompt_logprobs or [], self._vocabulary)
+            add_tokens(logprobs, delta, len(progress.prompt.text) if arguments.echo else 0, self._vocabulary)
         choice = CompletionChoice(
             text=progress.prompt.text + delta.text if echo else delta.text,
             index=delta.index,
@@ -359,37 +347,6 @@ class CompletionAnswer(Answer[Completion, Completion]):
             choice.set(prompt_token_ids=prompt)
         return choice
 
-    def _no_logprobs(self) -> CompletionLogprobs:
-        top: list[dict[str, float] | None] | None = [] if self.arguments.logprobs else None
-        return CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=top, text_offset=[])
-
-    def _prompt_logprobs(self, delta: Delta, prompt: Prompt) -> CompletionLogprobs:
-        """Of an echoed prompt. Its first token has none: nothing comes before it."""
-        names = self._vocabulary.names
-        made = self._no_logprobs()
-        made.tokens = [names[token_id] for token_id in prompt.ids]
-        made.text_offset = offsets(prompt, self._vocabulary)
-        entries = delta.prompt_logprobs or []
-        made.token_logprobs = [None, *(max(entry.logprob, LOWEST_LOGPROB) for entry in entries)]
-        if made.top_logprobs is not None:
-            made.top_logprobs = [None, *(self._top(entry) for entry in entries)]
-        return made
-
-    def _add_logprobs(self, made: CompletionLogprobs, delta: Delta, progress: Progress) -> None:
-        """Of generated tokens; offsets count from the beginning of `text`, an echoed prompt included."""
-        base = len(progress.prompt.text) if self.arguments.echo else 0
-        for entry, offset in zip(delta.logprobs, delta.offsets, strict=True):
-            made.tokens.append(self._vocabulary.names[entry.token_id])
-            made.token_logprobs.append(max(entry.logprob, LOWEST_LOGPROB))
-            made.text_offset.append(base + offset)
-            if made.top_logprobs is not None:
-                made.top_logprobs.append(self._top(entry))
-
-    def _top(self, entry: TokenLogprobs) -> dict[str, float]:
-        names = self._vocabulary.names
-        best = sorted(entry.top, key=lambda pair: (-pair[1], pair[0]))
-        return {names[i]: max(logprob, LOWEST_LOGPROB) for i, logprob in (*best, (entry.token_id, entry.logprob))}
-
 
 def merge(deltas: Iterable[Delta]) -> list[Delta]:
     """Deltas that gathered, as one for each sequence; a slow reader so gets larger chunks, not more of them."""
@@ -407,16 +364,6 @@ def merge(deltas: Iterable[Delta]) -> list[Delta]:
         if delta.prompt_logprobs is not None:
             into.prompt_logprobs = delta.prompt_logprobs
     return list(merged.values())
-
-
-def _extend(into: CompletionLogprobs, more: CompletionLogprobs | None) -> None:
-    if more is None:
-        return
-    into.tokens += more.tokens
-    into.token_logprobs += more.token_logprobs
-    into.text_offset += more.text_offset
-    if into.top_logprobs is not None:
-        into.top_logprobs += more.top_logprobs or []
 
 
 def _finish_reason(delta: Delta) -> FinishReason | None:

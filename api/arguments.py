@@ -7,26 +7,21 @@ Knows nothing of threads, slots or text: prompts and messages are tokenized late
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel
-
-from api.errors import BadRequestError, bad_type, bad_value, unsupported
+from api import checks
+from api.checks import MAX_INTEGER, Check, Context, Endpoint, asks_nothing, boolean, integer, missing, number
+from api.errors import BadRequestError, bad_value
 from llama.config import Limits
 from llama.errors import InvalidRequest
 from llama.request import SamplingParams
-from llama.tokenizer import check_text
 
-Endpoint = Literal["chat", "completions"]
 ENDPOINTS: tuple[Endpoint, ...] = ("chat", "completions")
-MAX_INTEGER = 1 << 31
 SAFE_NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
-DECIMAL = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 class Action(StrEnum):
@@ -38,26 +33,13 @@ class Action(StrEnum):
 
 
 @dataclass(frozen=True)
-class Context:
-    """What a value is checked against. limits: the ceilings; vocab_size: token ids lie below it."""
-
-    endpoint: Endpoint
-    limits: Limits
-    vocab_size: int
-
-
-Check = Callable[[str, Any, Context], Any]
-"""(name, value, context) -> the value in the form we work with; raises BadRequestError."""
-
-
-@dataclass(frozen=True)
 class Argument:
     """A row of the table. check: for honoured and refused ones. silent: values that ask for nothing, so never told."""
 
     name: str
     endpoints: tuple[Endpoint, ...]
     action: Action
-    default: Any
+    default: str
     note: str
     check: Check | None = None
     silent: tuple[Any, ...] = ()
@@ -88,278 +70,75 @@ class Arguments:
     ignored: list[str] = field(default_factory=list)
 
 
-# Checks: each makes one kind of value certain. ---------------------------------------------------------------------
-
-
-def boolean(name: str, value: Any, context: Context) -> bool:
-    if type(value) is not bool:
-        raise bad_type(name, value, "a boolean")
-    return value
-
-
-def string(name: str, value: Any, context: Context) -> str:
-    if not isinstance(value, str):
-        raise bad_type(name, value, "a string")
-    return value
-
-
-def integer(low: int, high: int | str) -> Check:
-    """A whole number; high: a number, or the name of the field of `Limits` that holds it."""
-
-    def check(name: str, value: Any, context: Context) -> int:
-        # `type`, not isinstance: True is no integer, nor is 1.0.
-        if type(value) is not int:
-            raise bad_type(name, value, "an integer")
-        ceiling = getattr(context.limits, high) if isinstance(high, str) else high
-        if not low <= value <= ceiling:
-            raise bad_value(name, value, f"must be from {low} to {ceiling}")
-        return value
-
-    return check
-
-
-def number(low: float, high: float, above: bool = False) -> Check:
-    """A finite number from low (above: excluded) to high."""
-
-    def check(name: str, value: Any, context: Context) -> float:
-        if type(value) not in (int, float):
-            raise bad_type(name, value, "a number")
-        if not low <= value <= high or (above and value == low) or math.isnan(value):
-            raise bad_value(
-                name, value, f"must be {'above' if above else 'from'} {low} {'up ' if above else ''}to {high}"
-            )
-        return float(value)
-
-    return check
-
-
-def max_tokens(name: str, value: Any, context: Context) -> int:
-    return integer(1 if context.endpoint == "chat" else 0, MAX_INTEGER)(name, value, context)
-
-
-def logprobs(name: str, value: Any, context: Context) -> Any:
-    if context.endpoint == "chat":
-        return boolean(name, value, context)
-    return integer(0, "completion_logprobs")(name, value, context)
-
-
-def stop_strings(name: str, value: Any, context: Context) -> list[str]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, (list, tuple)):
-        raise bad_type(name, value, "a string or a list of strings")
-    limits = context.limits
-    if len(texts) > limits.stop:
-        raise bad_value(name, len(texts), f"at most {limits.stop} stop strings")
-    for text in texts:
-        if not isinstance(text, str):
-            raise bad_type(name, text, "a string or a list of strings")
-        if not 1 <= len(text) <= limits.stop_chars:
-            raise bad_value(name, text, f"a stop string has 1 to {limits.stop_chars} characters")
-        _check_unicode(name, text)
-    return list(texts)
-
-
-def token_ids(name: str, value: Any, context: Context) -> list[int]:
-    if not isinstance(value, (list, tuple)):
-        raise bad_type(name, value, "a list of token ids")
-    if len(value) > context.limits.stop_token_ids:
-        raise bad_value(name, len(value), f"at most {context.limits.stop_token_ids} ids")
-    return [token_id(name, one, context) for one in value]
-
-
-def biases(name: str, value: Any, context: Context) -> dict[int, float]:
-    if not isinstance(value, Mapping):
-        raise bad_type(name, value, "an object of token id to bias")
-    if len(value) > context.limits.logit_bias:
-        raise bad_value(name, len(value), f"at most {context.limits.logit_bias} entries")
-    read: dict[int, float] = {}
-    for key, bias in value.items():
-        if isinstance(key, str):
-            if not DECIMAL.fullmatch(key):
-                raise bad_value(name, key, "keys are token ids in decimal")
-            key = int(key)
-        if token_id(name, key, context) in read:
-            raise bad_value(name, key, "this token id is given twice")
-        read[key] = number(-100, 100)(name, bias, context)
-    return read
-
-
-def prompts(name: str, value: Any, context: Context) -> list[str | list[int]]:
-    """One prompt or several; text or ids, not both."""
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, (list, tuple)):
-        raise bad_type(name, value, "a string, a list of strings, a list of token ids or a list of such lists")
-    if not value:
-        raise bad_value(name, value, "at least one prompt is needed")
-    if isinstance(value[0], str):
-        if len(value) > context.limits.sequences:
-            raise bad_value(name, len(value), f"at most {context.limits.sequences} prompts")
-        return [string(name, text, context) for text in value]
-    if isinstance(value[0], (list, tuple)):
-        if len(value) > context.limits.sequences:
-            raise bad_value(name, len(value), f"at most {context.limits.sequences} prompts")
-        return [_id_prompt(name, ids, context) for ids in value]
-    return [_id_prompt(name, value, context)]
-
-
-def message_list(name: str, value: Any, context: Context) -> list[Mapping[str, Any]]:
-    """Objects, or answers' own message objects; role, order and content are checked with the chat format."""
-    if not isinstance(value, (list, tuple)):
-        raise bad_type(name, value, "a list of messages")
-    if not 1 <= len(value) <= context.limits.messages:
-        raise bad_value(name, len(value), f"must have 1 to {context.limits.messages} messages")
-    read: list[Mapping[str, Any]] = []
-    for i, message in enumerate(value):
-        if isinstance(message, BaseModel):
-            message = message.model_dump(exclude_none=True)
-        if not isinstance(message, Mapping):
-            raise bad_type(f"{name}[{i}]", message, "an object with role and content")
-        for key in ("role", "content"):
-            if message.get(key) is None:
-                raise _missing(f"{name}[{i}].{key}")
-        if not isinstance(message["role"], str):
-            raise bad_type(f"{name}[{i}].role", message["role"], "a string")
-        for key in ("tool_calls", "function_call", "tool_call_id"):
-            if not _asks_nothing(message.get(key)):
-                raise unsupported(f"{name}[{i}].{key}", "Tool calls are not supported by this model.")
-        content = message["content"]
-        if not isinstance(content, (str, list, tuple)):
-            raise bad_type(f"{name}[{i}].content", content, "a string or a list of text parts")
-        for j, part in enumerate([] if isinstance(content, str) else content):
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            if isinstance(kind, str) and kind != "text":
-                raise unsupported(f"{name}[{i}].content[{j}].type", "Only text parts are supported by this model.")
-        read.append(message)
-    return read
-
-
-def stream_options(name: str, value: Any, context: Context) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise bad_type(name, value, "an object")
-    options = dict(value)
-    if options.get("include_usage") is not None:
-        boolean(f"{name}.include_usage", options["include_usage"], context)
-    return options
-
-
-def response_format(name: str, value: Any, context: Context) -> None:
-    if not isinstance(value, Mapping):
-        raise bad_type(name, value, "an object")
-    if value.get("type") in ("json_object", "json_schema"):
-        raise unsupported(name, "JSON output needs the extra 'guided', which is not installed.")
-    if value.get("type") != "text":
-        raise bad_value(f"{name}.type", value.get("type"), "must be 'text'")
-
-
-def nothing(name: str, value: Any, context: Context) -> None:
-    """For what we cannot do: only a value that asks for nothing passes."""
-    if not _asks_nothing(value):
-        raise unsupported(name, f"'{name}' is not supported by this model.")
-
-
-def text_only(name: str, value: Any, context: Context) -> None:
-    if value != ["text"] and not _asks_nothing(value):
-        raise unsupported(name, "Only the modality 'text' is supported by this model.")
-
-
-def free_choice(name: str, value: Any, context: Context) -> None:
-    if value not in ("none", "auto"):
-        raise unsupported(name, "Tools cannot be required: this model makes no tool calls.")
-
-
-def _check_unicode(name: str, text: str) -> None:
-    try:
-        check_text(text, name)
-    except InvalidRequest as error:
-        raise bad_value(name, error.value, error.limit) from error
-
-
-def token_id(name: str, value: Any, context: Context) -> int:
-    if type(value) is not int:
-        raise bad_type(name, value, "token ids")
-    if not 0 <= value < context.vocab_size:
-        raise bad_value(name, value, f"token ids go from 0 to {context.vocab_size - 1}")
-    return value
-
-
-def _id_prompt(name: str, value: Any, context: Context) -> list[int]:
-    if not isinstance(value, (list, tuple)):
-        raise bad_type(name, value, "a list of token ids, like the ones before it")
-    if not value:
-        raise bad_value(name, value, "a prompt of ids needs at least one")
-    return [token_id(name, one, context) for one in value]
-
-
-def _missing(name: str) -> BadRequestError:
-    return BadRequestError(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
-
-
-def _asks_nothing(value: Any) -> bool:
-    return value is None or value is False or (isinstance(value, (str, Sequence, Mapping)) and not len(value))
-
-
-# The table. --------------------------------------------------------------------------------------------------------
-
 BOTH, CHAT, COMPLETIONS = ENDPOINTS, ENDPOINTS[:1], ENDPOINTS[1:]
 H, R, X = Action.HONOURED, Action.IGNORED, Action.REFUSED
 
 OPENAI: tuple[Argument, ...] = (
-    Argument("model", BOTH, H, None, "served name or alias; may be left out in process", string),
-    Argument("messages", CHAT, H, "required", "text only; system, then user and assistant in turn", message_list),
-    Argument("prompt", COMPLETIONS, H, "required", "text, ids, or a list of either", prompts),
-    Argument("max_tokens", BOTH, H, "chat: rest of the context; completions: 16", "cut to the context", max_tokens),
-    Argument("max_completion_tokens", CHAT, H, None, "the same; both given must be equal", max_tokens),
-    Argument("temperature", BOTH, H, 1, "0 to 2; below 0.0001 is greedy", number(0, 2)),
-    Argument("top_p", BOTH, H, 1, "0 to 1; the token that crosses it stays in", number(0, 1)),
-    Argument("n", BOTH, H, 1, "1 to 8; choice j is the same for any n", integer(1, "n")),
+    Argument("model", BOTH, H, "none", "served name or alias; may be left out in process", checks.string),
+    Argument(
+        "messages", CHAT, H, "required", "text only; system, then user and assistant in turn", checks.message_list
+    ),
+    Argument("prompt", COMPLETIONS, H, "required", "text, ids, or a list of either", checks.prompts),
+    Argument(
+        "max_tokens", BOTH, H, "chat: rest of the context; completions: 16", "cut to the context", checks.max_tokens
+    ),
+    Argument("max_completion_tokens", CHAT, H, "none", "the same; both given must be equal", checks.max_tokens),
+    Argument("temperature", BOTH, H, "1", "0 to 2; below 0.0001 is greedy", number(0, 2)),
+    Argument("top_p", BOTH, H, "1", "0 to 1; the token that crosses it stays in", number(0, 1)),
+    Argument("n", BOTH, H, "1", "1 to 8; choice j is the same for any n", integer(1, "n")),
     Argument("best_of", COMPLETIONS, H, "n", "n to 8, by mean logprob; not with stream", integer(1, "n")),
     Argument("seed", BOTH, H, "fresh", "64 bits; decides every draw", integer(-(1 << 63), (1 << 63) - 1)),
-    Argument("stop", BOTH, H, None, "up to 4 strings of 1 to 256 characters", stop_strings),
-    Argument("presence_penalty", BOTH, H, 0, "-2 to 2, on generated tokens", number(-2, 2)),
-    Argument("frequency_penalty", BOTH, H, 0, "-2 to 2, on generated tokens", number(-2, 2)),
-    Argument("logit_bias", BOTH, H, None, "token id to -100..100, up to 1,024 of them", biases),
-    Argument("logprobs", BOTH, H, "chat: false; completions: none", "chat: boolean; completions: 0 to 5", logprobs),
-    Argument("top_logprobs", CHAT, H, 0, "0 to 20; needs logprobs", integer(0, "logprobs")),
-    Argument("echo", COMPLETIONS, H, False, "with logprobs: those of the prompt too", boolean),
-    Argument("stream", BOTH, H, False, "chunks as they come", boolean),
-    Argument("stream_options", BOTH, H, None, "include_usage; other keys are ignored, and told", stream_options),
-    Argument("response_format", CHAT, H, "text", "text; JSON is refused without the extra `guided`", response_format),
-    Argument("suffix", COMPLETIONS, X, None, "the model cannot fill in", nothing),
-    Argument("tools", CHAT, R, None, "the model makes no tool calls"),
-    Argument("functions", CHAT, R, None, "the model makes no tool calls"),
-    Argument("parallel_tool_calls", CHAT, R, None, "the model makes no tool calls", silent=(True,)),
-    Argument("tool_choice", CHAT, R, None, "none, auto; anything else is refused", free_choice),
-    Argument("function_call", CHAT, R, None, "none, auto; anything else is refused", free_choice),
-    Argument("modalities", CHAT, H, "text", "text; anything else is refused", text_only),
-    Argument("audio", CHAT, R, None, ""),
-    Argument("user", BOTH, R, None, ""),
-    Argument("metadata", CHAT, R, None, ""),
-    Argument("store", CHAT, R, False, "nothing is stored"),
-    Argument("moderation", CHAT, R, None, ""),
-    Argument("prediction", CHAT, R, None, ""),
+    Argument("stop", BOTH, H, "none", "up to 4 strings of 1 to 256 characters", checks.stop_strings),
+    Argument("presence_penalty", BOTH, H, "0", "-2 to 2, on generated tokens", number(-2, 2)),
+    Argument("frequency_penalty", BOTH, H, "0", "-2 to 2, on generated tokens", number(-2, 2)),
+    Argument("logit_bias", BOTH, H, "none", "token id to -100..100, up to 1,024 of them", checks.biases),
+    Argument(
+        "logprobs", BOTH, H, "chat: false; completions: none", "chat: boolean; completions: 0 to 5", checks.logprobs
+    ),
+    Argument("top_logprobs", CHAT, H, "0", "0 to 20; needs logprobs", integer(0, "logprobs")),
+    Argument("echo", COMPLETIONS, H, "false", "with logprobs: those of the prompt too", boolean),
+    Argument("stream", BOTH, H, "false", "chunks as they come", boolean),
+    Argument(
+        "stream_options", BOTH, H, "none", "include_usage; other keys are ignored, and told", checks.stream_options
+    ),
+    Argument(
+        "response_format", CHAT, H, "text", "text; JSON is refused without the extra `guided`", checks.response_format
+    ),
+    Argument("suffix", COMPLETIONS, X, "none", "the model cannot fill in", checks.nothing),
+    Argument("tools", CHAT, R, "none", "the model makes no tool calls"),
+    Argument("functions", CHAT, R, "none", "the model makes no tool calls"),
+    Argument("parallel_tool_calls", CHAT, R, "none", "the model makes no tool calls", silent=(True,)),
+    Argument("tool_choice", CHAT, R, "none", "none, auto; anything else is refused", checks.free_choice),
+    Argument("function_call", CHAT, R, "none", "none, auto; anything else is refused", checks.free_choice),
+    Argument("modalities", CHAT, H, "text", "text; anything else is refused", checks.text_only),
+    Argument("audio", CHAT, R, "none", ""),
+    Argument("user", BOTH, R, "none", ""),
+    Argument("metadata", CHAT, R, "none", ""),
+    Argument("store", CHAT, R, "false", "nothing is stored"),
+    Argument("moderation", CHAT, R, "none", ""),
+    Argument("prediction", CHAT, R, "none", ""),
     Argument("service_tier", CHAT, R, "auto", "", silent=("auto", "default")),
-    Argument("safety_identifier", CHAT, R, None, ""),
-    Argument("prompt_cache_key", CHAT, R, None, "equal prompt starts are found without it"),
-    Argument("prompt_cache_retention", CHAT, R, None, ""),
-    Argument("prompt_cache_options", CHAT, R, None, ""),
+    Argument("safety_identifier", CHAT, R, "none", ""),
+    Argument("prompt_cache_key", CHAT, R, "none", "equal prompt starts are found without it"),
+    Argument("prompt_cache_retention", CHAT, R, "none", ""),
+    Argument("prompt_cache_options", CHAT, R, "none", ""),
     Argument("reasoning_effort", CHAT, R, "none", "", silent=("none",)),
     Argument("verbosity", CHAT, R, "medium", "", silent=("medium",)),
-    Argument("web_search_options", CHAT, R, None, ""),
+    Argument("web_search_options", CHAT, R, "none", ""),
 )
 
 EXTENSIONS: tuple[Argument, ...] = (
-    Argument("top_k", BOTH, H, -1, "-1 or 0: off; else only the k best", integer(-1, MAX_INTEGER)),
-    Argument("min_p", BOTH, H, 0, "0 to 1, relative to the best token", number(0, 1)),
-    Argument("repetition_penalty", BOTH, H, 1, "up to 10, on prompt and generated tokens", number(0, 10, above=True)),
-    Argument("ignore_eos", BOTH, H, False, "EOS does not end the answer", boolean),
-    Argument("min_tokens", BOTH, H, 0, "until then nothing but max_tokens ends it", integer(0, MAX_INTEGER)),
-    Argument("stop_token_ids", BOTH, H, None, "up to 128 ids that end it", token_ids),
-    Argument("return_token_ids", BOTH, H, False, "adds token_ids and prompt_token_ids", boolean),
-    Argument("explain", BOTH, H, False, "adds times, steps and counts of this request", boolean),
-    Argument("strict", BOTH, H, False, "refuse what would be ignored", boolean),
-    Argument("add_special_tokens", COMPLETIONS, H, True, "a BOS in front of a text prompt", boolean),
-    Argument("parse_special", COMPLETIONS, H, True, "`<s>` and `</s>` in a text prompt are control tokens", boolean),
+    Argument("top_k", BOTH, H, "-1", "-1 or 0: off; else only the k best", integer(-1, MAX_INTEGER)),
+    Argument("min_p", BOTH, H, "0", "0 to 1, relative to the best token", number(0, 1)),
+    Argument("repetition_penalty", BOTH, H, "1", "up to 10, on prompt and generated tokens", number(0, 10, above=True)),
+    Argument("ignore_eos", BOTH, H, "false", "EOS does not end the answer", boolean),
+    Argument("min_tokens", BOTH, H, "0", "until then nothing but max_tokens ends it", integer(0, MAX_INTEGER)),
+    Argument("stop_token_ids", BOTH, H, "none", "up to 128 ids that end it", checks.token_ids),
+    Argument("return_token_ids", BOTH, H, "false", "adds token_ids and prompt_token_ids", boolean),
+    Argument("explain", BOTH, H, "false", "adds times, steps and counts of this request", boolean),
+    Argument("strict", BOTH, H, "false", "refuse what would be ignored", boolean),
+    Argument("add_special_tokens", COMPLETIONS, H, "true", "a BOS in front of a text prompt", boolean),
+    Argument("parse_special", COMPLETIONS, H, "true", "`<s>` and `</s>` in a text prompt are control tokens", boolean),
 )
 
 TABLE: dict[Endpoint, dict[str, Argument]] = {
@@ -369,19 +148,11 @@ TABLE: dict[Endpoint, dict[str, Argument]] = {
 
 def markdown_table(rows: Sequence[Argument]) -> str:
     """The table as the README shows it."""
-    lines = ["| parameter | endpoints | default | what becomes of it |", "|---|---|---|---|"]
+    lines = ["| parameter | endpoints | default | what becomes of it | |", "|---|---|---|---|---|"]
     for row in rows:
-        default = (
-            {None: "none", True: "true", False: "false"}.get(row.default, str(row.default))
-            if not isinstance(row.default, int) or isinstance(row.default, bool)
-            else str(row.default)
-        )
         where = "both" if row.endpoints == BOTH else row.endpoints[0]
-        lines.append(f"| `{row.name}` | {where} | {default} | {row.action}{': ' + row.note if row.note else ''} |")
+        lines.append(f"| `{row.name}` | {where} | {row.default} | {row.action} | {row.note} |")
     return "\n".join(lines)
-
-
-# Reading a request. ------------------------------------------------------------------------------------------------
 
 
 def read(
@@ -398,13 +169,13 @@ def read(
         if value is None:
             continue
         if row is None:
-            if not _asks_nothing(value):
+            if not asks_nothing(value):
                 ignored.append(str(name))
             continue
         checked = row.check(name, value, context) if row.check else value
         if row.action is Action.HONOURED:
             given[name] = checked
-        elif row.action is Action.IGNORED and not _asks_nothing(value) and value not in row.silent:
+        elif row.action is Action.IGNORED and not asks_nothing(value) and value not in row.silent:
             ignored.append(name)
     ignored += _ignored_inside(given)
     if ignored and (strict or given.get("strict")):
@@ -419,7 +190,7 @@ def _ignored_inside(given: Mapping[str, Any]) -> list[str]:
     known = {"role", "content", "tool_calls", "function_call", "tool_call_id"}
     pairs = [(k, v) for message in given.get("messages", []) for k, v in message.items() if k not in known]
     pairs += [(k, v) for k, v in given.get("stream_options", {}).items() if k != "include_usage"]
-    return list(dict.fromkeys(str(name) for name, value in pairs if not _asks_nothing(value)))
+    return list(dict.fromkeys(str(name) for name, value in pairs if not asks_nothing(value)))
 
 
 def _unknown(name: str) -> BadRequestError:
@@ -433,7 +204,7 @@ def _collect(endpoint: Endpoint, given: dict[str, Any], context: Context) -> Arg
     """Defaults, and the rules between fields."""
     required = "messages" if endpoint == "chat" else "prompt"
     if required not in given:
-        raise _missing(required)
+        raise missing(required)
     n = given.get("n", 1)
     best_of = given.get("best_of", n)
     stream = given.get("stream", False)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Generic, Self
 
 from api.answer import Answer, Chunk, Whole, merge
-from api.arguments import Endpoint
+from api.checks import Endpoint
 from api.errors import APITimeoutError, bad_type, bad_value, translated
 from api.schema import Usage
 from api.served import Models

@@ -11,8 +11,8 @@ from typing import Any, Generic, Literal, Self, overload
 
 import llama
 from api.answer import Chunk, Compat, Whole
-from api.arguments import Endpoint as EndpointName
 from api.call import AsyncChunkStream, Call, ChunkStream
+from api.checks import Endpoint as EndpointName
 from api.errors import bad_type
 from api.schema import ChatCompletion, ChatCompletionChunk, Completion, Health, Model, ModelList, Text, Tokens
 from api.served import Models, Settings
@@ -270,9 +270,7 @@ class Client(BaseClient):
 
 
 class AsyncClient(BaseClient):
-    """For event loops. Making one blocks until the model is loaded. The rest is `Client`'s:"""
-
-    __doc__ += BaseClient.__doc__ or ""
+    """`Client` for event loops: the same options and the same tree, awaited. Making one blocks until it is loaded."""
 
     @cached_property
     def chat(self) -> AsyncChat:

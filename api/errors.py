@@ -35,6 +35,9 @@ from llama.errors import (
     SlotsFull,
 )
 
+# What `retry_after` may be, in seconds. Clients give up, or do not listen, above a minute.
+SOON, MAX_RETRY_AFTER = 0.05, 60.0
+
 
 class OpenAIError(Exception):
     """Root of everything that `api` raises on purpose."""
@@ -190,7 +193,7 @@ def from_engine(error: EngineError, prompt_field: str = "prompt") -> APIError:
         return bad_value(error.field, error.value, error.limit)
     if isinstance(error, SlotsFull):
         message = f"All {error.limit} slots are taken by requests in flight. Please try again later."
-        return RateLimitError(message, retry_after=error.retry_after)
+        return RateLimitError(message, retry_after=min(max(error.retry_after, SOON), MAX_RETRY_AFTER))
     if isinstance(error, RequestFailed):
         return InternalServerError("This request failed while it ran; others were not touched.", code=error.reason)
     if isinstance(error, EngineClosed):

@@ -9,8 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import api.schema as schema
-from api.call import AsyncChunkStream, ChunkStream
+from api import schema
 from api.client import Client
 from api.errors import no_such_model
 from llama.errors import ConfigError
@@ -66,12 +65,14 @@ class ChatCompletion:
     """chat.completions, as it was called in 2023."""
 
     @classmethod
-    def create(cls, **fields: Any) -> schema.ChatCompletion | ChunkStream[schema.ChatCompletionChunk]:
+    def create(cls, **fields: Any) -> Any:
+        """A `schema.ChatCompletion`; with stream=True a `ChunkStream` of its chunks."""
         renamed = _renamed(fields)
         return default_client(renamed.get("model")).chat.completions.create(**renamed)
 
     @classmethod
-    async def acreate(cls, **fields: Any) -> schema.ChatCompletion | AsyncChunkStream[schema.ChatCompletionChunk]:
+    async def acreate(cls, **fields: Any) -> Any:
+        """The same, for event loops."""
         renamed = _renamed(fields)
         return await default_client(renamed.get("model")).chat.completions.acreate(**renamed)
 
@@ -80,12 +81,14 @@ class Completion:
     """completions, as it was called in 2023."""
 
     @classmethod
-    def create(cls, **fields: Any) -> schema.Completion | ChunkStream[schema.Completion]:
+    def create(cls, **fields: Any) -> Any:
+        """A `schema.Completion`; with stream=True a `ChunkStream` of its chunks."""
         renamed = _renamed(fields)
         return default_client(renamed.get("model")).completions.create(**renamed)
 
     @classmethod
-    async def acreate(cls, **fields: Any) -> schema.Completion | AsyncChunkStream[schema.Completion]:
+    async def acreate(cls, **fields: Any) -> Any:
+        """The same, for event loops."""
         renamed = _renamed(fields)
         return await default_client(renamed.get("model")).completions.acreate(**renamed)
 

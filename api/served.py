@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import llama
 from api.answer import Answer, ChatAnswer, Compat, CompletionAnswer, Heading
-from api.arguments import Arguments, Context, Endpoint, message_list, read, token_id
+from api.arguments import Arguments, read
+from api.checks import Context, Endpoint, message_list, token_id
 from api.echo import Prompt, from_ids, from_text
 from api.errors import BadRequestError, NotFoundError, ServiceUnavailableError, bad_type, no_such_model, translated
 from api.fingerprint import fingerprint

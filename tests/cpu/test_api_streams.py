@@ -13,7 +13,8 @@ from api_cases import MESSAGES, PROMPT, Script, write_model
 
 import api
 from api.answer import Answer, ChatAnswer, CompletionAnswer, Heading, merge
-from api.arguments import Endpoint, read
+from api.arguments import read
+from api.checks import Endpoint
 from api.echo import from_text
 from llama.blocks import BlockPool
 from llama.config import Limits
