@@ -53,9 +53,8 @@ def test_exported_names() -> None:
 
 
 def test_import_is_quick_and_loads_no_torch() -> None:
-    code = (
-        "import time; t = time.perf_counter(); import api, sys; print(time.perf_counter() - t, 'torch' in sys.modules)"
-    )
+    clock = "time.process_time()"  # other processes may be at work on this machine
+    code = f"import sys, time; t = {clock}; import api; print({clock} - t, 'torch' in sys.modules)"
     results = []
     for _ in range(2):
         out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
