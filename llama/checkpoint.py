@@ -1,7 +1,8 @@
-"""Safetensors on disk -> parameters on the device, each covered exactly once, or one error lists every fault.
+"""A checkpoint on disk -> parameters on the device, each covered exactly once, or one error lists every fault.
 
-A shard is mapped into memory and each tensor copied straight to its place, so host memory peaks at one tensor over the
-weights. Nothing in a checkpoint is ever run: no pickle is opened and no code is followed.
+Hugging Face's safetensors and Meta's .pth meet at one table of names. Every name, shape and dtype is checked before a
+byte of weights is read or allocated; then each chunk goes straight to its place, so host memory peaks at the weights
+and a buffer. Nothing in a checkpoint is ever run: no pickle is trusted and no code is followed.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from llama.config import ModelConfig, read_json
 from llama.errors import CheckpointError, LoadError
+from llama.meta_format import part_files, parts_expected, read_meta
 from llama.model import parameter_shapes
+from llama.tensor_file import FLOATS, StoredTensor, chunks, is_finite, read_safetensors, stored
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,19 @@ class Place:
     parameter: str
     start: int
     rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The weights of a folder, named, checked and not yet read.
+
+    tensors: by Hugging Face's names, in the order of the bytes; all that the model needs, if `problems` is empty.
+    """
+
+    folder: Path
+    files: list[Path]
+    tensors: dict[str, StoredTensor]
+    problems: list[str]
 
 
 def hf_places(config: ModelConfig) -> dict[str, Place]:
@@ -53,106 +69,176 @@ def hf_places(config: ModelConfig) -> dict[str, Place]:
     return places
 
 
+def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face tensor name -> shape, for every tensor that the model needs."""
+    shapes = parameter_shapes(config)
+    return {name: (place.rows, *shapes[place.parameter][1:]) for name, place in hf_places(config).items()}
+
+
 def load_parameters(
     folder: Path | str, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: bool = True
 ) -> dict[str, Tensor]:
-    """Read a Hugging Face checkpoint folder, sharded or not, as the tensors of `parameter_shapes`.
+    """Read a checkpoint folder, Hugging Face's or Meta's, sharded or not, as the tensors of `parameter_shapes`.
 
     Raises LoadError for a file that cannot be read, CheckpointError listing every tensor that is missing, left over,
     doubled, of the wrong shape or dtype, or not finite.
     """
-    folder = Path(folder)
-    shapes = parameter_shapes(config)
+    checkpoint = open_checkpoint(folder, config)
+    if checkpoint.problems:
+        raise CheckpointError(checkpoint.folder, checkpoint.problems)
+    problems = []
     places = hf_places(config)
-    files = shard_files(folder)
-    problems = _check_names(files, places, config, shapes)
-    if problems:
-        raise CheckpointError(folder, problems)
+    shapes = parameter_shapes(config)
     made = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     total = sum(tensor.nbytes for tensor in made.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc=folder.name, disable=not progress, leave=False) as bar:
-        for _, name, tensor in _tensors(files, places):
+    with bytes_bar(total, checkpoint.folder.name, progress) as bar:
+        for name, tensor in checkpoint.tensors.items():
             place = places[name]
             target = made[place.parameter][place.start : place.start + place.rows]
-            target.copy_(tensor)
-            # A sum is finite exactly when every number is, short of sums that no weights reach.
-            if not torch.isfinite(target.sum(dtype=torch.float32)):
+            finite = True
+            for first, chunk in _chunks_into(tensor, target):
+                finite &= is_finite(chunk)
+                if chunk.data_ptr() != target[first].data_ptr():
+                    target[first : first + len(chunk)].copy_(chunk)
+                bar.update(chunk.nbytes)
+            if not finite:
                 problems.append(f"{name}: holds numbers that are not finite in {str(dtype).removeprefix('torch.')}")
-            bar.update(target.nbytes)
+    for file in {file for tensor in checkpoint.tensors.values() for file in tensor.files}:
+        file.check_unchanged()
     if problems:
-        raise CheckpointError(folder, problems)
+        raise CheckpointError(checkpoint.folder, problems)
     return made
+
+
+def _chunks_into(tensor: StoredTensor, target: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows in the target's dtype, on the CPU), read straight into the target where that can be."""
+    if target.device.type == "cpu" and target.dtype == FLOATS[tensor.dtype]:
+        for first, n in chunks(tensor):
+            rows = target[first : first + n]
+            tensor.read(first, rows)
+            yield first, rows
+        return
+    buffer = None
+    for first, n in chunks(tensor):
+        if buffer is None:  # the first chunk is the longest
+            pinned = target.device.type == "cuda"
+            buffer = torch.empty((n, *tensor.shape[1:]), dtype=FLOATS[tensor.dtype], pin_memory=pinned)
+        tensor.read(first, buffer[:n])
+        yield first, buffer[:n].to(target.dtype)
+
+
+def bytes_bar(total: int, name: str, shown: bool) -> tqdm:
+    """A progress bar in bytes and bytes per second."""
+    return tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=not shown, leave=False, mininterval=0.2)
+
+
+def open_checkpoint(folder: Path | str, config: ModelConfig) -> Checkpoint:
+    """Find the files of a folder and every fault that their headers show. Raises LoadError for files that make none."""
+    folder = Path(folder)
+    parts = part_files(folder) if not any(folder.glob("*.safetensors")) and not (folder / INDEX).is_file() else []
+    if parts:
+        found, problems = read_meta(parts, config)
+        files = parts
+    else:
+        files, found, problems = shard_files(folder), [], []
+        for path in files:
+            found += [(name, stored(region)) for name, region in read_safetensors(path).items()]
+    shapes = hf_shapes(config)
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in found:
+        if _known_extra(name, config):
+            continue
+        if name in tensors:
+            problems.append(f"{name}: in {tensors[name].where} and again in {tensor.where}")
+        elif name not in shapes:
+            problems.append(f"{name}: unknown tensor in {tensor.where}")
+        else:
+            tensors[name] = tensor
+            problems += _faults(name, tensor, shapes[name])
+    problems += [f"{name}: missing" for name in shapes if name not in tensors]
+    if parts and problems:
+        _check_part_count(folder, len(parts), tensors, config)
+    return Checkpoint(folder, files, tensors, problems)
+
+
+def _faults(name: str, tensor: StoredTensor, wanted: tuple[int, ...]) -> list[str]:
+    problems = []
+    if tensor.shape != wanted:
+        problems.append(f"{name}: shape {list(tensor.shape)} in {tensor.where}, the config asks for {list(wanted)}")
+    if tensor.dtype not in FLOATS:
+        problems.append(f"{name}: dtype {tensor.dtype} in {tensor.where}, must be F32, BF16 or F16")
+    return problems
+
+
+def _check_part_count(folder: Path, parts: int, tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
+    """Say it in one sentence, if the faults come from parts that were not downloaded. Raises LoadError."""
+    shapes = hf_shapes(config)
+    expected = {parts_expected(parts, name, tensor, shapes[name], config) for name, tensor in tensors.items()} - {parts}
+    if len(expected) == 1:
+        whole = expected.pop()
+        last = f"consolidated.{whole - 1:02}.pth"
+        raise LoadError(folder, f"has {parts} of {whole} parts; download the others, up to {last}")
+
+
+def read_config(folder: Path | str) -> ModelConfig:
+    """`ModelConfig.from_dir`, with what to do next where the folder holds no model. Raises LoadError, ConfigError."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() and not (folder / "params.json").is_file():
+        _refuse_other_kinds(folder)
+    return ModelConfig.from_dir(folder)
+
+
+def _refuse_other_kinds(folder: Path) -> None:
+    """Raises LoadError for a folder that holds something else than a model, if it is known."""
+    if (folder / "adapter_config.json").is_file():
+        raise LoadError(
+            folder, "is a LoRA adapter, not a model; merge it into its base model and use the merged folder"
+        )
+    if any(folder.glob("*.gguf")):
+        raise LoadError(
+            folder, "holds GGUF files; make a folder of them first: scripts/weights.py convert FILE.gguf OUT"
+        )
 
 
 def shard_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those its index names, or the only one. Raises LoadError."""
-    index = folder / _INDEX
+    index = folder / INDEX
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise LoadError(index, "has no weight_map")
         files = []
         for file in sorted({str(file) for file in weight_map.values()}):
-            if file in ("", ".", "..") or Path(file).name != file:
+            if file in ("", ".", "..") or "\0" in file or Path(file).name != file:
                 raise LoadError(index, f"names {file!r}, which is not a plain file name inside the folder")
             if not (folder / file).is_file():
-                raise LoadError(folder / file, f"is missing, but {_INDEX} names it")
+                raise LoadError(folder / file, f"is missing, but {INDEX} names it; is this half a download?")
             files.append(folder / file)
         return files
     files = sorted(folder.glob("*.safetensors"))
+    if files == [folder / "adapter_model.safetensors"]:
+        _refuse_other_kinds(folder)
     if len(files) > 1:
-        raise LoadError(folder, f"has {len(files)} safetensors files but no {_INDEX}")
+        raise LoadError(folder, f"has {len(files)} safetensors files but no {INDEX}")
     if files:
         return files
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise LoadError(folder, "has pickled weights (.bin, .pt) only; convert them to safetensors first")
-    raise LoadError(folder, "has no safetensors file")
+        raise LoadError(
+            folder,
+            "has pickled weights (.bin, .pt) only, which are not opened here; convert them to safetensors first, in "
+            "the program they come from",
+        )
+    raise LoadError(folder, "has no safetensors file and no consolidated.00.pth")
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+    """tokenizer.model of a folder; Meta's downloads keep it one folder up. None where there is none."""
+    places = [folder / TOKENIZER]
+    if (folder / "params.json").is_file() and not (folder / "config.json").is_file():
+        places.append(folder.absolute().parent / TOKENIZER)
+    return next((path for path in places if path.is_file()), None)
 
 
 def _known_extra(name: str, config: ModelConfig) -> bool:
     """Tensors that checkpoints may carry and no parameter needs."""
     return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
-
-
-def _check_names(
-    files: list[Path], places: dict[str, Place], config: ModelConfig, shapes: dict[str, tuple[int, ...]]
-) -> list[str]:
-    """Every fault that the files' headers show, before a byte of weights is read or allocated."""
-    problems = []
-    seen: dict[str, str] = {}
-    for path in files:
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                if _known_extra(name, config):
-                    continue
-                if name in seen:
-                    problems.append(f"{name}: in {seen[name]} and again in {path.name}")
-                    continue
-                seen[name] = path.name
-                place = places.get(name)
-                if place is None:
-                    problems.append(f"{name}: unknown tensor in {path.name}")
-                    continue
-                piece = file.get_slice(name)
-                shape, wanted = tuple(piece.get_shape()), (place.rows, *shapes[place.parameter][1:])
-                if shape != wanted:
-                    problems.append(f"{name}: shape {list(shape)} in {path.name}, the config asks for {list(wanted)}")
-                if piece.get_dtype() not in ("F32", "BF16", "F16"):
-                    problems.append(f"{name}: dtype {piece.get_dtype()} in {path.name}, must be F32, BF16 or F16")
-    problems += [f"{name}: missing" for name in places if name not in seen]
-    return problems
-
-
-def _tensors(files: list[Path], places: dict[str, Place]) -> Iterator[tuple[Path, str, Tensor]]:
-    for path in files:
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                if name in places:
-                    yield path, name, file.get_tensor(name)
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LoadError(path, f"is not a whole safetensors file: {error}") from error

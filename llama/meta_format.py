@@ -1,0 +1,281 @@
+"""Meta's checkpoints, `consolidated.NN.pth` and params.json, as tensors under Hugging Face's names and in their layout.
+
+A matrix is cut into as many parts as there are files, along its outputs or along its inputs; the rows of q and k are
+interleaved, one head's pairs (0, 1), (2, 3), ..., where Hugging Face has (0, half), (1, half + 1), ... (arXiv
+2104.09864 leaves the choice open). A .pth is a zip file with one pickle in it. Nothing of it is ever run: the pickle
+may name only what weights need, torch opens it with weights_only=True, and the bytes are read here.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.config import ModelConfig
+from llama.errors import LoadError
+from llama.tensor_file import FLOATS, NAMES, Region, StoredTensor, TensorFile
+
+_PART = re.compile(r"consolidated\.(\d\d)\.pth")
+# What the pickle of a state dict names. Anything else may be a program.
+_GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch [A-Za-z0-9]+Storage")
+# Llama-2 70B's has 100 kB.
+_MAX_PICKLE = 4 << 20
+_LEGACY = (
+    "Meta's files come from torch.save as zip files; open it where it was made and save it again, or use safetensors"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MetaTensor:
+    """How Meta keeps one tensor. split: the dimension it is cut along; None: each part holds the whole.
+
+    head_dim: of a q or k matrix, whose rows are interleaved; 0 for all others.
+    """
+
+    name: str
+    split: int | None
+    head_dim: int = 0
+
+
+def meta_table(config: ModelConfig) -> dict[str, MetaTensor]:
+    """Hugging Face's name -> Meta's, for every tensor of a model without tied embeddings."""
+    table = {
+        "model.embed_tokens.weight": MetaTensor("tok_embeddings.weight", 1),
+        "model.norm.weight": MetaTensor("norm.weight", None),
+        "lm_head.weight": MetaTensor("output.weight", 0),
+    }
+    for i in range(config.n_layers):
+        theirs, ours = f"model.layers.{i}", f"layers.{i}"
+        table |= {
+            f"{theirs}.input_layernorm.weight": MetaTensor(f"{ours}.attention_norm.weight", None),
+            f"{theirs}.self_attn.q_proj.weight": MetaTensor(f"{ours}.attention.wq.weight", 0, config.head_dim),
+            f"{theirs}.self_attn.k_proj.weight": MetaTensor(f"{ours}.attention.wk.weight", 0, config.head_dim),
+            f"{theirs}.self_attn.v_proj.weight": MetaTensor(f"{ours}.attention.wv.weight", 0),
+            f"{theirs}.self_attn.o_proj.weight": MetaTensor(f"{ours}.attention.wo.weight", 1),
+            f"{theirs}.post_attention_layernorm.weight": MetaTensor(f"{ours}.ffn_norm.weight", None),
+            f"{theirs}.mlp.gate_proj.weight": MetaTensor(f"{ours}.feed_forward.w1.weight", 0),
+            f"{theirs}.mlp.up_proj.weight": MetaTensor(f"{ours}.feed_forward.w3.weight", 0),
+            f"{theirs}.mlp.down_proj.weight": MetaTensor(f"{ours}.feed_forward.w2.weight", 1),
+        }
+    return table
+
+
+def to_half_split(rows: Tensor, head_dim: int) -> Tensor:
+    """rows [heads * head_dim, dim], interleaved as Meta's q and k, in Hugging Face's order."""
+    return rows.view(-1, head_dim // 2, 2, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)
+
+
+def to_interleaved(rows: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `to_half_split`."""
+    return rows.view(-1, 2, head_dim // 2, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)
+
+
+def part_files(folder: Path) -> list[Path]:
+    """consolidated.00.pth, 01, ... of a folder; empty if there is none. Raises LoadError for a gap."""
+    numbers = sorted(int(match[1]) for path in folder.iterdir() if (match := _PART.fullmatch(path.name)))
+    for i, number in enumerate(numbers):
+        if i != number:
+            raise LoadError(folder / f"consolidated.{i:02}.pth", "is missing, but later parts are there; download it")
+    return [folder / f"consolidated.{i:02}.pth" for i in numbers]
+
+
+def read_meta(parts: list[Path], config: ModelConfig) -> tuple[list[tuple[str, StoredTensor]], list[str]]:
+    """(name, tensor) for all tensors, unknown ones under Meta's name, and the faults that show between the parts."""
+    ours = {meta.name: (name, meta) for name, meta in meta_table(config).items()}
+    opened = [read_pth(path) for path in parts]
+    found, problems = [], []
+    for name in {name: None for part in opened for name in part}:
+        regions = [part[name] for part in opened if name in part]
+        hf_name, meta = ours.get(name, (name, MetaTensor(name, None)))
+        if name == "rope.freqs":
+            continue
+        if len(regions) < len(parts):
+            lacking = [path.name for path, part in zip(parts, opened, strict=True) if name not in part]
+            problems.append(f"{name}: missing in {', '.join(lacking)}; are all parts of one checkpoint?")
+            continue
+        fault = _disagreement(regions, meta.split)
+        if fault is not None:
+            problems.append(f"{name}: {fault}; are all parts of one checkpoint?")
+            continue
+        found.append((hf_name, _joined(regions, meta)))
+    return found, problems
+
+
+def parts_expected(parts: int, name: str, tensor: StoredTensor, wanted: tuple[int, ...], config: ModelConfig) -> int:
+    """How many parts this tensor's shape speaks of, if it is whole in all but number; else `parts`."""
+    meta = meta_table(config).get(name)
+    if meta is None or meta.split is None or len(tensor.shape) != len(wanted):
+        return parts
+    same = all(a == b for i, (a, b) in enumerate(zip(tensor.shape, wanted, strict=True)) if i != meta.split)
+    have, want = tensor.shape[meta.split], wanted[meta.split]
+    return parts * want // have if same and have and not parts * want % have else parts
+
+
+def spans(
+    regions: list[Region], split: int | None, first: int, rows: Tensor
+) -> Iterator[tuple[Region, int, slice, slice]]:
+    """Where rows first, first + 1, ... of the whole lie: (part, its first row, rows and columns of `rows`)."""
+    n, at = len(rows), 0
+    for region in regions:
+        size = region.shape[split or 0]
+        if split == 0:
+            begin, end = max(first, at), min(first + n, at + size)
+            if begin < end:
+                yield region, begin - at, slice(begin - first, end - first), slice(None)
+        else:
+            yield region, first, slice(0, n), slice(at, at + size) if split == 1 else slice(None)
+        at += size
+
+
+def _disagreement(regions: list[Region], split: int | None) -> str | None:
+    """What keeps the parts of a tensor from being one, in words."""
+    one = regions[0]
+    for other in regions[1:]:
+        if other.dtype != one.dtype:
+            return f"{one.dtype} in {one.file.path.name}, {other.dtype} in {other.file.path.name}"
+        rest = [n for i, n in enumerate(one.shape) if i != split], [n for i, n in enumerate(other.shape) if i != split]
+        if len(one.shape) != len(other.shape) or rest[0] != rest[1]:
+            shapes = f"shape {list(one.shape)} in {one.file.path.name}, {list(other.shape)} in {other.file.path.name}"
+            return f"{shapes}, which do not fit together"
+        if (
+            split is None
+            and one.dtype in FLOATS
+            and len(one.shape) == 1
+            and not torch.equal(_whole(one), _whole(other))
+        ):
+            return f"differs between {one.file.path.name} and {other.file.path.name}"
+    return None
+
+
+def _whole(region: Region) -> Tensor:
+    made = torch.empty(region.shape, dtype=FLOATS[region.dtype])
+    region.read_rows(0, made)
+    return made.view(torch.uint8)
+
+
+def _joined(regions: list[Region], meta: MetaTensor) -> StoredTensor:
+    shape = list(regions[0].shape)
+    split = meta.split if len(shape) > (meta.split or 0) else None
+    if split is None:
+        regions = regions[:1]
+    else:
+        shape[split] = sum(region.shape[split] for region in regions)
+    whole_heads = meta.head_dim and len(shape) == 2 and not shape[0] % meta.head_dim
+    return StoredTensor(
+        shape=tuple(shape),
+        dtype=regions[0].dtype,
+        files=tuple(region.file for region in regions),
+        read=partial(_read, regions, split, meta.head_dim if whole_heads else 0),
+        step=meta.head_dim if whole_heads else 1,
+    )
+
+
+def _read(regions: list[Region], split: int | None, head_dim: int, first: int, out: Tensor) -> None:
+    target = torch.empty_like(out) if head_dim else out
+    for region, row, rows, columns in spans(regions, split, first, out):
+        if split == 1 and len(regions) > 1:
+            piece = torch.empty((len(out), *region.shape[1:]), dtype=out.dtype)
+            region.read_rows(row, piece)
+            target[rows, columns] = piece
+        else:
+            region.read_rows(row, target[rows])
+    if head_dim:
+        out.copy_(to_half_split(target, head_dim))
+
+
+# The container. torch says which tensor lies in which storage; where the storages lie in the file, the zip says.
+
+
+def read_pth(path: Path) -> dict[str, Region]:
+    """Every tensor of a .pth that torch.save wrote, still in the file. Raises LoadError; never runs what is in it."""
+    file = TensorFile(path)
+    records = _data_records(file)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # an unpickler meets anything in a file made to harm
+        raise LoadError(path, f"is not a file of weights that torch can read: {_first_line(error)}") from error
+    if not isinstance(loaded, dict) or not loaded:
+        raise LoadError(path, "must hold a dictionary of tensors")
+    for name, tensor in loaded.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise LoadError(path, f"holds {str(name)[:80]!r}, which is no tensor")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.numel():
+            raise LoadError(path, "is not a plain tensor of numbers", name)
+        if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+            raise LoadError(path, "is a view of other numbers; save it as a tensor of its own", name)
+    addresses = sorted({tensor.untyped_storage().data_ptr() for tensor in loaded.values()})
+    if [a - addresses[0] for a in addresses] != [r - records[0] for r in records]:
+        raise LoadError(path, "holds storages that none of its tensors uses; save the tensors alone")
+    begin = records[0] - addresses[0]
+    return {
+        name: Region(
+            file, tensor.data_ptr() + begin, tuple(tensor.shape), NAMES.get(tensor.dtype, _other(tensor.dtype))
+        )
+        for name, tensor in loaded.items()
+    }
+
+
+def _other(dtype: torch.dtype) -> str:
+    """A number format that no weight of ours has, for the message that says so."""
+    return {torch.float64: "F64", torch.int8: "I8", torch.uint8: "U8", torch.int64: "I64"}.get(dtype, "BOOL")
+
+
+def _data_records(file: TensorFile) -> list[int]:
+    """Where the storages begin, in order, after the zip and the pickle in it were found harmless. Raises LoadError."""
+    path = file.path
+    if file.size < 4 or file.read(0, 4) != b"PK\x03\x04":
+        raise LoadError(path, f"is not a zip file, so it is half a download or of torch's old format. {_LEGACY}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+            if len(pickles) != 1 or len({entry.filename for entry in entries}) != len(entries):
+                raise LoadError(path, f"holds {len(pickles)} pickles or a name twice; it must hold one of each")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise LoadError(path, "is compressed; torch.save writes plain zip files")
+            if pickles[0].file_size > _MAX_PICKLE:
+                raise LoadError(
+                    path, f"has a pickle of {pickles[0].file_size} bytes; weights need less than {_MAX_PICKLE}"
+                )
+            _check_pickle(path, archive.read(pickles[0]))
+        folder = pickles[0].filename.removesuffix("data.pkl") + "data/"
+        records = []
+        for entry in entries:
+            if entry.filename.startswith(folder) and entry.file_size:
+                head = file.read(entry.header_offset, 30)  # of the local header; name and extra field follow
+                at = entry.header_offset + 30 + int.from_bytes(head[26:28], "little")
+                records.append(at + int.from_bytes(head[28:30], "little"))
+    except LoadError:
+        raise
+    except Exception as error:  # zipfile meets anything, too
+        raise LoadError(
+            path, f"is not a whole zip file, perhaps half a download; fetch it again: {_first_line(error)}"
+        ) from error
+    if not records:
+        raise LoadError(path, "holds no tensors")
+    return sorted(records)
+
+
+def _check_pickle(path: Path, data: bytes) -> None:
+    """Read the pickle's instructions without following them. Raises LoadError if it names what weights do not need."""
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
+                raise LoadError(path, f"its pickle uses {opcode.name}, which no file of weights does; do not trust it")
+            if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
+                shown = str(argument)[:80].replace(" ", ".", 1)
+                raise LoadError(path, f"its pickle names {shown}, which no weights need; do not trust this file")
+    except (ValueError, KeyError, IndexError, OverflowError) as error:
+        raise LoadError(path, f"its pickle is broken: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
