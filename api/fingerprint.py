@@ -26,9 +26,9 @@ def fingerprint(model_dir: Path, engine: llama.Engine) -> str:
     for path in sorted(p for p in model_dir.iterdir() if p.suffix in (".safetensors", ".pth", ".json", ".model")):
         digest.update(path.name.encode())
         _add_file(digest, path)
-    for part in (engine.dtype, engine.device, engine.max_seq_len, engine.model_config):
+    for part in (engine.setup.dtype, engine.setup.device, engine.max_seq_len, engine.model_config):
         digest.update(f"{part};".encode())
-    return f"{'fp' if engine.batch_invariant else 'fpx'}_{digest.hexdigest()[:16]}"
+    return f"{'fp' if engine.setup.batch_invariant else 'fpx'}_{digest.hexdigest()[:16]}"
 
 
 @cache

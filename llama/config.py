@@ -231,7 +231,7 @@ class EngineConfig:
     CPU what the slots can use, at most a quarter of the free memory.
     max_seq_len: a context shorter than the model's own. prefix_cache: keep and find the blocks of equal prompt starts.
     batch_invariant: same bits alone and in any batch; None = on for CUDA, off for the CPU, where it costs a third or
-    more of batch-1 speed.
+    more of batch-1 speed. cuda_graphs: replay decode steps as CUDA graphs; nothing on the CPU.
     """
 
     device: str = "auto"
@@ -244,6 +244,7 @@ class EngineConfig:
     max_seq_len: int | None = None
     prefix_cache: bool = True
     batch_invariant: bool | None = None
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         ceilings = {"slots": 1 << 16, "block_size": 1024, "max_batch_tokens": 1 << 20, "max_batch_seqs": 1 << 16}

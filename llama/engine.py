@@ -20,24 +20,21 @@ import torch
 from tqdm import tqdm
 
 from llama.blocks import BlockPool
-from llama.cache import KVCache, MemoryPlan, plan_memory
-from llama.checkpoint import load_parameters
+from llama.cache import MemoryPlan
 from llama.config import EngineConfig, Limits, ModelConfig
 from llama.detokenizer import Detokenizer
-from llama.errors import ConfigError, EngineClosed, EngineDead, InvalidRequest, TokenizerError
+from llama.errors import EngineClosed, EngineDead, InvalidRequest
 from llama.loop import EngineLoop
-from llama.model import Transformer, random_parameters
 from llama.request import Request, SamplingParams, check_request
 from llama.runner import Runner
 from llama.scheduler import Scheduler
 from llama.sequence import FinishReason, Sequence, TokenLogprobs, choice_seed
+from llama.setup import build_runner, decide
 from llama.slots import Seat, Slots
 from llama.stream import Mailbox, Stream
 from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
-
-DEMO = Path(__file__).parent / "demo"
 
 
 @dataclass(slots=True)
@@ -82,36 +79,16 @@ class Engine:
     def __init__(
         self, model: str | Path | ModelConfig, config: EngineConfig | None = None, *, progress: bool = True
     ) -> None:
-        self.config = config or EngineConfig()
+        self.setup = decide(model, config or EngineConfig())
         self.limits = Limits()
-        self.model_dir = None if isinstance(model, ModelConfig) else find_model(model)
-        self.model_config = model if isinstance(model, ModelConfig) else ModelConfig.from_dir(find_model(model))
-        self.device = _device(self.config.device)
-        self.dtype = _dtype(self.config.dtype, self.model_config.dtype, self.device)
-        asked = self.config.batch_invariant
-        self.batch_invariant = self.device.type == "cuda" if asked is None else asked
-        self.max_seq_len = min(self.config.max_seq_len or 1 << 30, self.model_config.max_seq_len)
-        self.tokenizer = _tokenizer(self.model_dir, self.model_config)
-        self.memory_plan: MemoryPlan = plan_memory(
-            self.model_config, self.config, self.max_seq_len, self.dtype.itemsize, self.device
-        )
-        log.info("%s", self.memory_plan)
-        self.slots = Slots(self.config.slots)
+        log.info("%s", self.setup.memory_plan)
+        config = self.setup.config
+        self.slots = Slots(config.slots)
         self._pid = os.getpid()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        pool = BlockPool(self.memory_plan.num_blocks, self.config.block_size, self.config.prefix_cache)
-        self._scheduler = Scheduler(pool, self.config.max_batch_tokens, self.config.max_batch_seqs)
-        build = partial(
-            _build_runner,
-            self.model_dir,
-            self.model_config,
-            self.memory_plan,
-            self.max_seq_len,
-            self.dtype,
-            self.device,
-            self.batch_invariant,
-            progress,
-        )
+        pool = BlockPool(self.setup.memory_plan.num_blocks, config.block_size, config.prefix_cache)
+        self._scheduler = Scheduler(pool, config.max_batch_tokens, config.max_batch_seqs)
+        build = partial(build_runner, self.setup, progress)
         started: SimpleQueue[EngineLoop | BaseException] = SimpleQueue()
         self._thread = threading.Thread(
             target=_thread_main, args=(build, self._scheduler, self._inbox, self.slots, started), name="llama-engine"
@@ -127,6 +104,27 @@ class Engine:
         # Also runs at interpreter exit, where a daemon thread inside torch would otherwise be cut off mid-step.
         self._closer = weakref.finalize(self, _close, self.slots, self._inbox, self._loop, self._thread)
 
+    @property
+    def model_dir(self) -> Path | None:
+        return self.setup.model_dir
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.setup.model_config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.setup.tokenizer
+
+    @property
+    def max_seq_len(self) -> int:
+        """The context that is served, in tokens."""
+        return self.setup.max_seq_len
+
+    @property
+    def memory_plan(self) -> MemoryPlan:
+        return self.setup.memory_plan
+
     def submit(self, request: Request, *, wait: float | bool | None = None, seat: Seat | None = None) -> Stream:
         """Queue a request; its tokens come out of the returned stream.
 
@@ -137,7 +135,7 @@ class Engine:
         try:
             self._check_alive()
             params = request.params
-            capacity = self._scheduler.pool.n_usable * self.config.block_size
+            capacity = self._scheduler.pool.n_usable * self.setup.config.block_size
             check_request(request, self.model_config.vocab_size, self.max_seq_len, capacity, self.limits)
             if params.stop and self.tokenizer is None:
                 raise InvalidRequest("stop", list(params.stop), "this model has no tokenizer; use stop_token_ids")
@@ -169,7 +167,7 @@ class Engine:
         if len(each) != len(prompts):
             raise InvalidRequest("params", len(each), f"must be one, or one for each of the {len(prompts)} prompts")
         requests = [Request([self.encode(p)], one) for p, one in zip(prompts, each, strict=True)]
-        capacity = self._scheduler.pool.n_usable * self.config.block_size
+        capacity = self._scheduler.pool.n_usable * self.setup.config.block_size
         for request in requests:
             check_request(request, self.model_config.vocab_size, self.max_seq_len, capacity, self.limits)
         streams: list[Stream] = []
@@ -244,7 +242,7 @@ class Engine:
                     stop_ids=stop_ids,
                     leader=leader,
                 )
-                if self.config.prefix_cache:
+                if self.setup.config.prefix_cache:
                     leader = leader or seq
                 made.append((seq, self._detokenizer(request, prompt)))
         return made
@@ -272,63 +270,6 @@ class Engine:
             if mailbox is not None:
                 mailbox.fail(error)
             raise error
-
-
-def find_model(model: str | Path) -> Path:
-    """The folder of a model: a path, or 'demo'. Raises ConfigError when there is none."""
-    folder = DEMO if str(model) == "demo" else Path(model)
-    if not folder.is_dir():
-        raise ConfigError("model", str(model), "is not a folder, nor the name 'demo'")
-    return folder
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        index = int(name.partition(":")[2] or 0)
-        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-            raise ConfigError("device", name, f"this machine has {torch.cuda.device_count()} CUDA devices")
-        return torch.device("cuda", index)
-    return torch.device(name)
-
-
-def _dtype(asked: str, stored: str, device: torch.device) -> torch.dtype:
-    if asked == "auto":
-        # fp16 sums overflow easily and are slow on CPUs; bf16 keeps the range.
-        asked = "float32" if stored == "float16" and device.type == "cpu" else stored
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[asked]
-
-
-def _tokenizer(folder: Path | None, config: ModelConfig) -> Tokenizer | None:
-    """The folder's tokenizer.model; None when there is none, and the model serves token ids only."""
-    if folder is None or not (folder / "tokenizer.model").is_file():
-        return None
-    tokenizer = Tokenizer(folder / "tokenizer.model")
-    if tokenizer.vocab_size != config.vocab_size:
-        raise TokenizerError(
-            tokenizer.path, f"has {tokenizer.vocab_size} pieces, the model's vocabulary {config.vocab_size}"
-        )
-    return tokenizer
-
-
-def _build_runner(
-    folder: Path | None,
-    config: ModelConfig,
-    plan: MemoryPlan,
-    max_seq_len: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    batch_invariant: bool,
-    progress: bool,
-) -> Runner:
-    if folder is None:
-        parameters = random_parameters(config, dtype, device)
-    else:
-        parameters = load_parameters(folder, config, dtype, device, progress)
-    model = Transformer(config, parameters, max_seq_len, batch_invariant)
-    cache = KVCache.empty(config, plan.num_blocks, plan.block_size, dtype, device)
-    return Runner(model, cache, device)
 
 
 def _thread_main(

@@ -8,6 +8,7 @@ import torch
 
 from llama.batch import Batch
 from llama.cache import KVCache
+from llama.graphs import DecodeGraphs
 from llama.model import Transformer
 from llama.sampler import Sampler, report_logprobs
 from llama.scheduler import Plan
@@ -58,13 +59,19 @@ def wanted_rows(plan: Plan) -> Wanted:
 
 
 class Runner:
-    def __init__(self, model: Transformer, cache: KVCache, device: torch.device) -> None:
-        self.model, self.cache, self.device = model, cache, device
+    """graphs: replays decode steps where it is given; every other step runs kernel by kernel."""
+
+    def __init__(
+        self, model: Transformer, cache: KVCache, device: torch.device, graphs: DecodeGraphs | None = None
+    ) -> None:
+        self.model, self.cache, self.device, self.graphs = model, cache, device, graphs
         self.sampler = Sampler(device)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
         """Compute the plan's tokens and sample one for every sequence that reaches its last one."""
+        if self.graphs is not None and self.graphs.serves(plan):
+            return StepResult(*self.sampler.sample(self.graphs.run(plan), plan.seqs))
         wanted = wanted_rows(plan)
         batch = Batch.from_plan(plan, wanted.rows, self.cache.block_size, self.device)
         hidden = self.model.forward(batch, self.cache)

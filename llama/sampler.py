@@ -38,7 +38,7 @@ class Sampler:
         self._seqs: list[Sequence] = []
         self._rows: RowParams | None = None
 
-    def sample(self, logits: Tensor, seqs: list[Sequence]) -> tuple[list[int], list[TokenLogprobs | None]]:
+    def sample(self, logits: Tensor, seqs: list[Sequence]) -> tuple[list[int | None], list[TokenLogprobs | None]]:
         """One token per row of logits [len(seqs), vocab] fp32, which may be overwritten.
 
         A token is -1 where the best logit is not finite. Logprobs are None where they were not asked for.

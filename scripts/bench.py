@@ -30,12 +30,13 @@ import torch
 from llama.blocks import BlockPool
 from llama.config import EngineConfig, ModelConfig
 from llama.detokenizer import Detokenizer
-from llama.engine import Engine, find_model
+from llama.engine import Engine
 from llama.loop import EngineLoop
 from llama.request import Request, SamplingParams
 from llama.runner import StepResult
 from llama.scheduler import Plan, Scheduler
 from llama.sequence import Sequence
+from llama.setup import find_model
 from llama.stream import Mailbox
 from llama.tokenizer import Tokenizer
 

@@ -1,0 +1,113 @@
+"""`Setup`: what is decided about an engine before the first byte is allocated, and the runner built from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llama.cache import KVCache, MemoryPlan, plan_memory
+from llama.checkpoint import load_parameters, read_config, tokenizer_file
+from llama.config import EngineConfig, ModelConfig
+from llama.errors import ConfigError, TokenizerError
+from llama.graphs import DecodeGraphs, capture_cuda
+from llama.model import Transformer, random_parameters
+from llama.runner import Runner
+from llama.tokenizer import Tokenizer
+
+DEMO = Path(__file__).parent / "demo"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """model_dir: None = random weights. tokenizer: None = the model has none, and serves token ids only.
+
+    max_seq_len: the context that is served, in tokens.
+    """
+
+    config: EngineConfig
+    model_dir: Path | None
+    model_config: ModelConfig
+    tokenizer: Tokenizer | None
+    device: torch.device
+    dtype: torch.dtype
+    batch_invariant: bool
+    max_seq_len: int
+    memory_plan: MemoryPlan
+
+
+def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
+    """Read the model's description and divide the memory. Raises ConfigError, LoadError, TokenizerError."""
+    folder = None if isinstance(model, ModelConfig) else find_model(model)
+    shape = model if isinstance(model, ModelConfig) else read_config(find_model(model))
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, shape.dtype, device)
+    max_seq_len = min(config.max_seq_len or shape.max_seq_len, shape.max_seq_len)
+    return Setup(
+        config=config,
+        model_dir=folder,
+        model_config=shape,
+        tokenizer=_tokenizer(folder, shape),
+        device=device,
+        dtype=dtype,
+        batch_invariant=device.type == "cuda" if config.batch_invariant is None else config.batch_invariant,
+        max_seq_len=max_seq_len,
+        memory_plan=plan_memory(shape, config, max_seq_len, dtype.itemsize, device),
+    )
+
+
+def build_runner(setup: Setup, progress: bool) -> Runner:
+    """Load (or make up) the weights, allocate the cache, capture the graphs. Called in the engine thread."""
+    config, device, dtype = setup.model_config, setup.device, setup.dtype
+    if setup.model_dir is None:
+        parameters = random_parameters(config, dtype, device)
+    else:
+        parameters = load_parameters(setup.model_dir, config, dtype, device, progress)
+    model = Transformer(config, parameters, setup.max_seq_len, setup.batch_invariant)
+    plan = setup.memory_plan
+    cache = KVCache.empty(config, plan.num_blocks, plan.block_size, dtype, device)
+    graphs = None
+    if device.type == "cuda" and setup.config.cuda_graphs:
+        graphs = DecodeGraphs(model, cache, device, setup.max_seq_len, setup.config.max_batch_seqs, capture_cuda())
+        with torch.inference_mode():
+            graphs.capture_all(up_to=setup.config.slots)
+    return Runner(model, cache, device, graphs)
+
+
+def find_model(model: str | Path) -> Path:
+    """The folder of a model: a path, or 'demo'. Raises ConfigError when there is none."""
+    folder = DEMO if str(model) == "demo" else Path(model)
+    if not folder.is_dir():
+        raise ConfigError("model", str(model), "is not a folder, nor the name 'demo'")
+    return folder
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        index = int(name.partition(":")[2] or 0)
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            raise ConfigError("device", name, f"this machine has {torch.cuda.device_count()} CUDA devices")
+        return torch.device("cuda", index)
+    return torch.device(name)
+
+
+def _dtype(asked: str, stored: str, device: torch.device) -> torch.dtype:
+    if asked == "auto":
+        # fp16 sums overflow easily and are slow on CPUs; bf16 keeps the range.
+        asked = "float32" if stored == "float16" and device.type == "cpu" else stored
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[asked]
+
+
+def _tokenizer(folder: Path | None, config: ModelConfig) -> Tokenizer | None:
+    path = None if folder is None else tokenizer_file(folder)
+    if path is None:
+        return None
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise TokenizerError(
+            tokenizer.path, f"has {tokenizer.vocab_size} pieces, the model's vocabulary {config.vocab_size}"
+        )
+    return tokenizer
