@@ -234,6 +234,8 @@ def _id_prompt(name: str, value: Any, context: Context) -> list[int]:
         raise bad_type(name, value, "a list of token ids, like the ones before it")
     if not value:
         raise bad_value(name, value, "a prompt of ids needs at least one")
+    if set(map(type, value)) == {int} and min(value) >= 0 and max(value) < context.vocab_size:
+        return list(value)  # long prompts are checked in event loops, so at the speed of C
     return [token_id(name, one, context) for one in value]
 
 
