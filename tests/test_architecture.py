@@ -37,10 +37,18 @@ LLAMA = [
     "llama.engine",
 ]
 API = [
+    "api._floor",
     "api.errors",
+    "api.error",
     "api.schema",
+    "api.checks",
     "api.arguments",
+    "api.echo",
+    "api.logprobs",
     "api.answer",
+    "api.fingerprint",
+    "api.served",
+    "api.call",
     "api.client",
     "api.legacy",
 ]

@@ -19,6 +19,13 @@ def test_ci_runs_exactly_the_test_command() -> None:
     assert command.group() in (ROOT / ".ci/run").read_text()
 
 
+def test_the_parameter_table_is_what_the_code_says() -> None:
+    table = re.search(r"<!-- parameters: begin -->\n(.*?)\n<!-- parameters: end -->", README, re.DOTALL)
+    assert table is not None
+    done = subprocess.run([sys.executable, "-m", "scripts.parameter_table"], cwd=ROOT, capture_output=True, text=True)
+    assert table.group(1).strip() == done.stdout.strip()
+
+
 @pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", README))))
 def test_python_blocks_run(number: int) -> None:
     code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number]
