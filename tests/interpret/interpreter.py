@@ -3,8 +3,8 @@
 What the plain interpreter gets wrong, and this module puts right, so that the kernels need no branch for tests:
 - bf16 is held as raw uint16, so products, comparisons and sums are garbage: here its arithmetic goes through fp32;
 - casts to bf16 truncate: here they round to nearest even;
-- dots add in whatever order numpy likes: here in ascending k, sixteen products at a time for 16-bit operands (as the
-  matrix units do) and one at a time for fp32 (as the fma units do), so that tests for equal bits mean something;
+- dots add in whatever order numpy likes: here in ascending k, sixteen products at a time, each time rounded to fp32, as
+  the matrix units do for 16-bit operands, so that tests for equal bits mean something;
 - with numpy >= 2.4 and triton 3.6, loops with a tensor bound raise.
 """
 
@@ -40,11 +40,11 @@ def _bf16(numbers: Any) -> Handle:
     return Handle(raw.reshape(np.shape(numbers)), tl.bfloat16)
 
 
-def _dot(a: np.ndarray, b: np.ndarray, total: np.ndarray, together: int) -> np.ndarray:
-    """total + a @ b, adding `together` products at a time, each sum rounded to fp32 once."""
+def _dot(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """total + a @ b, adding sixteen products at a time."""
     a, b = a.astype(np.float64), b.astype(np.float64)
-    for k in range(0, a.shape[-1], together):
-        total = (total + a[..., k : k + together] @ b[..., k : k + together, :]).astype(np.float32)
+    for k in range(0, a.shape[-1], 16):
+        total = (total + a[..., k : k + 16] @ b[..., k : k + 16, :]).astype(np.float32)
     return total
 
 
@@ -70,8 +70,7 @@ def repair() -> None:
         return _bf16(op(_values(source))) if _is_bf16(source) else plain_unary(self, source, op)
 
     def dot(self: Builder, a: Handle, b: Handle, total: Handle, *_: Any) -> Handle:
-        together = 1 if a.dtype.scalar == tl.float32 else 16
-        return Handle(_dot(_values(a), _values(b), total.data, together), total.dtype.scalar)
+        return Handle(_dot(_values(a), _values(b), total.data), total.dtype.scalar)
 
     def reduce(self: ReduceOps, inputs: Any) -> Any:
         if len(inputs) != 1 or not _is_bf16(inputs[0].handle):

@@ -13,9 +13,9 @@ from llama import Engine, EngineConfig, SamplingParams
 pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # of numpy, masked lanes
 
 
-@pytest.mark.parametrize("name, n_tokens", [("babyllama361", 12), ("stories260K", 12)])
+@pytest.mark.parametrize("name, n_tokens", [("babyllama361", 8), ("stories260K", 8)])
 def test_greedy_tokens_are_the_stored_ones(name: str, n_tokens: int, shared_file: Callable[[str], Path]) -> None:
-    entries = json.loads(shared_file(f"vectors/{name}_greedy.json").read_text())["greedy"][:4]
+    entries = json.loads(shared_file(f"vectors/{name}_greedy.json").read_text())["greedy"][:3]
     # Steps of at most 24 tokens cut the prompts, so single tokens and pieces share steps.
     config = EngineConfig(device="cpu", kv_memory=8 << 20, block_size=16, max_batch_tokens=24, batch_invariant=True)
     greedy = SamplingParams(max_tokens=n_tokens, temperature=0, ignore_eos=True, logprobs=2)
