@@ -6,6 +6,7 @@ step, and every blank block of the cache is filled with NaN: reading one would s
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import threading
@@ -33,6 +34,15 @@ TINY = ModelConfig(
 )  # fmt: skip
 BLOCK_BYTES = 2 * 2 * 8 * 16 * 4  # keys and values, layers, block size, kv_dim, fp32
 CULPRIT = 60  # first token of the prompt that goes wrong
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> Iterator[None]:
+    """Closing an engine collects garbage; what the imports brought along need not be gone through each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @dataclass
