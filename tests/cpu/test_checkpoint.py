@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import struct
 import threading
@@ -429,23 +428,6 @@ def test_a_folder_that_is_not_there(model: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Engine(model)
     assert (caught.value.field, caught.value.value) == ("model", model)
-
-
-def test_loading_is_logged_with_its_memory_plan(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The plan comes first: when the weights are asked for, it has been reported."""
-    reported: list[bool] = []
-
-    def spy(*args: object, **options: object) -> dict[str, Tensor]:
-        reported.append("memory: weights" in caplog.text)
-        return load_parameters(*args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("llama.engine.load_parameters", spy)
-    with caplog.at_level(logging.INFO, "llama"), engine_of(model_folder(tmp_path / "model")):
-        assert reported == [True]
-    for part in ("weights", "KV cache", "activations", "available"):
-        assert part in caplog.text
 
 
 def test_the_loaders_table_covers_every_row_once() -> None:
