@@ -28,13 +28,23 @@ MAX_SECONDS = 1e6  # threads cannot wait much longer
 
 
 class Call(Generic[Whole, Chunk]):
-    """A checked request. Raises what is wrong with its fields; nothing is taken or queued yet."""
+    """A checked request. Raises what is wrong with its fields; nothing is taken or queued yet.
+
+    salt: prompts share cached blocks only with prompts of the same salt.
+    """
 
     def __init__(
-        self, models: Models, endpoint: Endpoint, fields: Mapping[str, Any], wait: Any = None, timeout: Any = None
+        self,
+        models: Models,
+        endpoint: Endpoint,
+        fields: Mapping[str, Any],
+        wait: Any = None,
+        timeout: Any = None,
+        salt: str = "",
     ) -> None:
         self.served = models.find(fields.get("model"))
         self.arguments = self.served.read(endpoint, fields)
+        self.salt = salt
         self.prompt_field = "messages" if endpoint == "chat" else "prompt"
         self.wait = _seconds("wait", models.settings.wait if wait is None else wait)
         self.deadline = Deadline(None if timeout is None else _seconds("timeout", timeout))
@@ -55,7 +65,7 @@ class Call(Generic[Whole, Chunk]):
 
     def _begin(self, seat: Seat) -> Running[Whole, Chunk]:
         with translated(self.prompt_field):
-            stream, answer = self.served.begin(self.arguments, seat)
+            stream, answer = self.served.begin(self.arguments, seat, self.salt)
         return Running(stream, answer, self.deadline)
 
     def _wait(self) -> float | bool:

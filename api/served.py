@@ -84,7 +84,7 @@ class Served:
             for item in arguments.prompts
         ]
 
-    def begin(self, arguments: Arguments, seat: Seat) -> tuple[Stream, Answer[Any, Any]]:
+    def begin(self, arguments: Arguments, seat: Seat, salt: str = "") -> tuple[Stream, Answer[Any, Any]]:
         """Tokenize and submit. The seat is given back if anything is raised: the engine's errors."""
         params = arguments.params
         if arguments.explain and params.seed is None and len(arguments.prompts) <= 1:
@@ -93,7 +93,12 @@ class Served:
         try:
             prompts = self.prompts(arguments)
             request = llama.Request(
-                [prompt.ids for prompt in prompts], params, n=arguments.best_of, chat=alone, trace=arguments.explain
+                [prompt.ids for prompt in prompts],
+                params,
+                n=arguments.best_of,
+                salt=salt,
+                chat=alone,
+                trace=arguments.explain,
             )
         except BaseException:
             seat.release()
