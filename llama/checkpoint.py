@@ -8,7 +8,7 @@ and a buffer. Nothing in a checkpoint is ever run: no pickle is trusted and no c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from llama.config import ModelConfig, read_json
 from llama.errors import CheckpointError, LoadError
-from llama.meta_format import part_files, parts_expected, read_meta
+from llama.meta_format import part_files, parts_expected, read_meta, read_pth
 from llama.model import parameter_shapes
 from llama.tensor_file import FLOATS, StoredTensor, chunks, is_finite, read_safetensors, stored
 
@@ -181,11 +181,19 @@ def _check_part_count(folder: Path, parts: int, tensors: dict[str, StoredTensor]
 
 
 def read_config(folder: Path | str) -> ModelConfig:
-    """`ModelConfig.from_dir`, with what to do next where the folder holds no model. Raises LoadError, ConfigError."""
+    """`ModelConfig.from_dir`; params.json does not say the dtype, so Meta's first part is asked for it.
+
+    Raises LoadError, with what to do next where the folder holds something else than a model, and ConfigError.
+    """
     folder = Path(folder)
-    if not (folder / "config.json").is_file() and not (folder / "params.json").is_file():
+    if (folder / "config.json").is_file():
+        return ModelConfig.from_dir(folder)
+    if not (folder / "params.json").is_file():
         _refuse_other_kinds(folder)
-    return ModelConfig.from_dir(folder)
+    config, parts = ModelConfig.from_dir(folder), part_files(folder)
+    dtypes = {region.dtype for region in read_pth(parts[0]).values() if len(region.shape) == 2} if parts else set()
+    dtype = str(FLOATS.get(min(dtypes, default=""), config.dtype))
+    return replace(config, dtype=dtype.removeprefix("torch."))
 
 
 def _refuse_other_kinds(folder: Path) -> None:

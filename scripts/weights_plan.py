@@ -1,0 +1,192 @@
+"""What fits on a card and how fast it could be: arithmetic on shapes and datasheets; no GPU and no weights needed.
+
+The speeds are limits that no engine passes. A decode step of B sequences with c tokens each reads every weight and
+every cached key and value once, and multiplies every weight by B rows:
+    t = max(streamed / bandwidth, linear flops) + B * c * kv_bytes / bandwidth        tok/s = B / t
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llama.config import EngineConfig, ModelConfig
+from llama.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Card:
+    """memory: bytes. bandwidth: bytes/s. bf16, fp8: dense multiplications and additions/s; fp8 None: has none."""
+
+    memory: float
+    bandwidth: float
+    bf16: float
+    fp8: float | None
+    source: str
+
+
+# H200: measured with a copy and a large matmul; fp8 twice bf16, as the datasheet has it. The others: datasheets, dense.
+CARDS = {
+    "H200": Card(139 * 2**30, 4.3e12, 790e12, 1580e12, "measured; fp8 twice bf16"),
+    "B200": Card(180e9, 7.7e12, 2250e12, 4500e12, "datasheet"),
+    "H100": Card(80e9, 3.35e12, 989e12, 1979e12, "datasheet, SXM"),
+    "A100-80GB": Card(80e9, 2.039e12, 312e12, None, "datasheet, SXM"),
+    "A100-40GB": Card(40e9, 1.555e12, 312e12, None, "datasheet, SXM"),
+    "L40S": Card(48e9, 0.864e12, 362e12, 733e12, "datasheet"),
+    "L4": Card(24e9, 0.3e12, 121e12, 242e12, "datasheet"),
+    "RTX-4090": Card(24e9, 1.008e12, 165e12, 330e12, "datasheet"),
+    "RTX-3090": Card(24e9, 0.936e12, 71e12, None, "datasheet"),
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the matrices are kept. bits: of one weight, scales included. kv_bytes: of one cached number.
+
+    Embedding and output matrix stay bf16 in every format.
+    """
+
+    bits: float
+    kv_bytes: int
+    multiplies_in: str
+
+
+# int4: groups of 128 with an fp16 scale. int8 and int4 are turned into bf16 on the way to the tensor cores.
+FORMATS = {
+    "bf16": Format(16, 2, "bf16"),
+    "fp8": Format(8, 1, "fp8"),
+    "int8": Format(8, 1, "bf16"),
+    "int4": Format(4.125, 1, "bf16"),
+}
+# CUDA's own memory, before the engine takes its share of what is left; both as in llama/cache.py on a fresh card.
+_CONTEXT = 1e9
+_SHARE = 0.92
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One format on one card. Bytes, tokens, tokens per second, seconds. slots_that_fit: of the whole context each."""
+
+    format: str
+    weights: float
+    activations: float
+    kv_per_token: int
+    kv_cache: float
+    kv_tokens: int
+    slots_that_fit: int
+    slots_used: int
+    tokens_per_second_alone: float | None
+    tokens_per_second_all: float | None
+    prefill_seconds: float | None
+
+
+def plan_all(model: ModelConfig, card_name: str, slots: int, context: int | None, formats: list[str]) -> dict[str, Any]:
+    """A plan per format, with the card and the question. Raises ConfigError for what makes no sense."""
+    if card_name not in CARDS:
+        raise ConfigError("card", card_name, f"must be one of {', '.join(CARDS)}")
+    if slots < 1:
+        raise ConfigError("slots", slots, "must be at least 1")
+    context = model.max_seq_len if context is None else context
+    if not 1 <= context <= model.max_seq_len:
+        raise ConfigError("context", context, f"must be 1 to {model.max_seq_len}, the model's own")
+    card = CARDS[card_name]
+    plans = [asdict(plan_one(model, card, name, slots, context)) for name in formats]
+    return {"card": card_name, **asdict(card), "slots": slots, "context": context, "plans": plans}
+
+
+def plan_one(model: ModelConfig, card: Card, name: str, slots: int, context: int) -> Plan:
+    kept = FORMATS[name]
+    weights = resident(model, kept)
+    acts = activations(model, EngineConfig())
+    kv = 2 * model.n_layers * model.kv_dim * kept.kv_bytes
+    block = EngineConfig().block_size
+    left = (card.memory - _CONTEXT - weights - acts) * _SHARE
+    blocks = max(0, int(left) // (kv * block) - 1)  # one block is padding
+    fit = blocks // math.ceil(context / block)
+    used = min(slots, fit)
+    alone = everyone = prefill = None
+    if used and (card.fp8 or kept.multiplies_in != "fp8"):
+        alone = decode_rate(model, card, name, 1, context)
+        everyone = decode_rate(model, card, name, used, context)
+        prefill = prefill_seconds(model, card, name, context)
+    return Plan(name, weights, acts, kv, blocks * block * kv, blocks * block, fit, used, alone, everyone, prefill)
+
+
+def linear_parameters(model: ModelConfig) -> int:
+    """Of the layers' matrices."""
+    per_layer = model.dim * (2 * model.q_dim + 2 * model.kv_dim) + 3 * model.dim * model.ffn_dim
+    return model.n_layers * per_layer
+
+
+def resident(model: ModelConfig, kept: Format) -> float:
+    """Bytes of all weights on the card."""
+    linear = linear_parameters(model)
+    return linear * kept.bits / 8 + 2 * (model.n_params - linear)
+
+
+def streamed(model: ModelConfig, kept: Format) -> float:
+    """Bytes of weights that a step reads: all but the embedding, of which it takes a few rows."""
+    return linear_parameters(model) * kept.bits / 8 + 2 * model.vocab_size * model.dim
+
+
+def activations(model: ModelConfig, engine: EngineConfig) -> int:
+    """Bytes of a step's intermediate results in bf16; the engine's own plan (llama/cache.py) says the same."""
+    widest = 4 * model.dim + model.q_dim + 2 * model.kv_dim + 3 * model.ffn_dim
+    logit_rows = min(engine.max_batch_seqs, engine.max_batch_tokens)
+    return engine.max_batch_tokens * widest * 2 + 4 * logit_rows * model.vocab_size * 4
+
+
+def decode_rate(model: ModelConfig, card: Card, name: str, batch: int, context: int) -> float:
+    """Tokens per second of `batch` sequences that each have `context` tokens: the roofline's limit."""
+    kept = FORMATS[name]
+    kv = 2 * model.n_layers * model.kv_dim * kept.kv_bytes
+    reading = streamed(model, kept) / card.bandwidth
+    return batch / (max(reading, _multiplying(model, card, kept, batch)) + batch * context * kv / card.bandwidth)
+
+
+def prefill_seconds(model: ModelConfig, card: Card, name: str, tokens: int) -> float:
+    """Seconds for one prompt: the matrices, then attention at three quarters of the bf16 rate."""
+    kept = FORMATS[name]
+    flops = card.fp8 if kept.multiplies_in == "fp8" and card.fp8 else card.bf16
+    matrices = max(2 * linear_parameters(model) * tokens / flops, streamed(model, kept) / card.bandwidth)
+    return matrices + 2 * tokens**2 * model.q_dim * model.n_layers / (0.75 * card.bf16)
+
+
+def _multiplying(model: ModelConfig, card: Card, kept: Format, rows: int) -> float:
+    """Seconds of a step's matrix products; the output matrix is always bf16."""
+    flops = card.fp8 if kept.multiplies_in == "fp8" and card.fp8 else card.bf16
+    return 2 * rows * (linear_parameters(model) / flops + model.vocab_size * model.dim / card.bf16)
+
+
+def table(found: dict[str, Any], title: str) -> str:
+    """The plan as text."""
+    lines = [
+        f"{title} on one {found['card']}: {found['memory'] / 1e9:.0f} GB, {found['bandwidth'] / 1e12:.2f} TB/s, "
+        f"{found['bf16'] / 1e12:.0f} TFLOP/s bf16 ({found['source']})",
+        f"{found['slots']} slots of {found['context']} tokens wanted",
+        "",
+        f"{'':6}{'weights':>10}{'KV/token':>10}{'activ.':>9}{'KV cache':>10}{'tokens':>10}{'slots':>7}"
+        f"{'tok/s alone':>13}{'tok/s all':>11}{'prompt':>9}",
+    ]
+    for plan in found["plans"]:
+        speeds = f"{'does not fit':>33}"
+        if plan["tokens_per_second_alone"] is not None:
+            speeds = (
+                f"{plan['tokens_per_second_alone']:>13.1f}{plan['tokens_per_second_all']:>11.0f}"
+                f"{plan['prefill_seconds'] * 1e3:>6.0f} ms"
+            )
+        elif plan["slots_used"]:
+            speeds = f"{'this card does not multiply it':>33}"
+        lines.append(
+            f"{plan['format']:6}{plan['weights'] / 1e9:>7.2f} GB{plan['kv_per_token'] / 1024:>6.0f} KiB"
+            f"{plan['activations'] / 1e9:>6.2f} GB{plan['kv_cache'] / 1e9:>7.1f} GB{plan['kv_tokens']:>10,}"
+            f"{plan['slots_that_fit']:>7}{speeds}"
+        )
+    lines += [
+        "",
+        "slots: how many requests of the whole context fit at once. tok/s: the roofline's limits, for one request and",
+        f"for all slots that fit, up to the {found['slots']} wanted, at the end of the context. prompt: time to read one.",
+        "Quantized formats: KV cache in fp8. The engine itself runs fp32, bf16 and fp16.",
+    ]
+    return "\n".join(lines)
