@@ -51,6 +51,14 @@ API = [
     "api.call",
     "api.client",
     "api.legacy",
+    "api.body",
+    "api.visit",
+    "api.quota",
+    "api.metrics",
+    "api.edge",
+    "api.generate",
+    "api.server",
+    "api.sockets",
 ]
 FLOORS = ["kernels", "llama", "api", "scripts"]
 CORE = LLAMA[: LLAMA.index("llama.detokenizer") + 1]

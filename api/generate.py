@@ -1,0 +1,192 @@
+"""The two routes that generate: a request's way from its body to its last byte, streamed or whole.
+
+The slot is held on the whole of that way. The client is watched all the time; when it goes, everything is aborted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.call import Call, Running
+from api.checks import Endpoint, missing
+from api.client import AsyncClient
+from api.edge import ClientGone, Stalled, read_object
+from api.errors import APIError, APIStatusError, APITimeoutError, ServiceUnavailableError
+from api.schema import Object
+from api.served import Served
+from api.visit import EdgeLimits, Visit
+
+EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+T = TypeVar("T")
+
+
+class Generate:
+    """ASGI for one endpoint. serving: the client, or a 503. seat: one of the key's slots, held inside `with`.
+
+    gap: is told the seconds between two events of a stream.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        serving: Callable[[], AsyncClient],
+        seat: Callable[[Visit, Served], AbstractContextManager[None]],
+        gap: Callable[[float], None],
+        limits: EdgeLimits,
+    ) -> None:
+        self.endpoint, self.limits = endpoint, limits
+        self._serving, self._seat, self._gap = serving, seat, gap
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        visit: Visit = scope["visit"]
+        client = self._serving()
+        fields = await read_object(scope, receive, visit, self.limits)
+        if fields.get("model") is None:
+            raise missing("model")
+        call: Call[Any, Any] = Call(
+            client._models, self.endpoint, fields, wait=False, timeout=self.limits.request, salt=visit.key
+        )
+        visit.model, visit.stream = call.served.name, call.arguments.stream
+        with self._seat(visit, call.served):
+            async with self._watched(visit, receive):
+                running = await call.start_async()
+                visit.began(running.answer)
+                try:
+                    if call.arguments.stream:
+                        await self._stream(running, visit, send)
+                    else:
+                        answer = await _in_time(running.whole_async())
+                        await Response(answer.to_json(), media_type="application/json")(scope, receive, send)
+                finally:
+                    running.stream.close()
+                    visit.count(running.answer)
+
+    async def _stream(self, running: Running[Any, Any], visit: Visit, send: Send) -> None:
+        """Chunks as they come. What fails before the first one is raised, and so has its HTTP status."""
+        chunks = await _in_time(_next(running))
+        events = Events(send, self.limits)
+        async with events.kept_alive():
+            try:
+                while chunks:
+                    await events.write(chunks)
+                    chunks = await _in_time(_next(running))
+                    self._gap(time.monotonic() - events.last)
+                await events.end()
+            except APIError as error:
+                visit.note(error)
+                await events.end(error)
+
+    @asynccontextmanager
+    async def _watched(self, visit: Visit, receive: Receive) -> AsyncIterator[None]:
+        """End what is inside when the client goes (ClientGone), or when no step has taken the request up in time."""
+
+        async def hang_up() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            interrupt(ClientGone())
+
+        def check_waiting() -> None:
+            if visit.stats is not None and visit.stats.first_scheduled is None:
+                message = f"The request waited {self.limits.queue:g} seconds for its turn. Please try again later."
+                interrupt(ServiceUnavailableError(message, code="queue_timeout"))
+
+        async with interruptible() as interrupt:
+            watcher = asyncio.create_task(hang_up())
+            timer = asyncio.get_running_loop().call_later(self.limits.queue, check_waiting)
+            try:
+                yield
+            finally:
+                watcher.cancel()
+                timer.cancel()
+
+
+@asynccontextmanager
+async def interruptible() -> AsyncIterator[Callable[[Exception], None]]:
+    """Gives a function for others on this event loop: called with an error, it ends what is inside with that error."""
+    errors: list[Exception] = []
+
+    def interrupt(error: Exception) -> None:
+        errors.append(error)
+        scope.reschedule(0)  # a time in the past: now
+
+    try:
+        async with asyncio.timeout(None) as scope:
+            yield interrupt
+    except TimeoutError:
+        if errors:
+            raise errors[0] from None
+        raise
+
+
+async def _next(running: Running[Any, Any]) -> list[Any]:
+    """The next chunks, one or more; none at the end."""
+    while (delta := await running.get_async()) is not None:
+        if chunks := running.chunks(delta):
+            return chunks
+    return []
+
+
+async def _in_time(work: Awaitable[T]) -> T:
+    try:
+        return await work
+    except APITimeoutError as error:
+        raise APIStatusError(error.message, type="server_error", code="deadline_exceeded", status_code=504) from error
+
+
+class Events:
+    """Writes a stream of server-sent events. last: when the last one was written."""
+
+    def __init__(self, send: Send, limits: EdgeLimits) -> None:
+        self._send, self._limits = send, limits
+        self._begun = False
+        self.last = time.monotonic()
+
+    async def write(self, objects: Sequence[Object]) -> None:
+        """One event for each object, in one write."""
+        await self._write("".join(f"data: {one.to_json()}\n\n" for one in objects).encode())
+
+    async def end(self, error: APIError | None = None) -> None:
+        """The mark of a whole stream; or the error that ended it early, and no mark."""
+        last = "data: [DONE]\n\n" if error is None else f"data: {json.dumps(error.to_dict())}\n\n"
+        await self._write(last.encode(), more=False)
+
+    @asynccontextmanager
+    async def kept_alive(self) -> AsyncIterator[None]:
+        """Fill long pauses with comment lines, so that nobody in between takes the connection for dead."""
+        task = asyncio.create_task(self._fill_pauses())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    async def _fill_pauses(self) -> None:
+        quiet = self._limits.quiet
+        with suppress(Stalled):  # the next event will find that out as well
+            while True:
+                await asyncio.sleep(max(self.last + quiet - time.monotonic(), 0.01))
+                if time.monotonic() - self.last >= quiet and self._begun:
+                    await self._write(b": still here\n\n")
+
+    async def _write(self, data: bytes, more: bool = True) -> None:
+        """Raises Stalled when the client does not read."""
+        try:
+            async with asyncio.timeout(self._limits.stalled):
+                if not self._begun:
+                    self._begun = True
+                    await self._send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+                await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        except TimeoutError as error:
+            raise Stalled from error
+        self.last = time.monotonic()

@@ -1,0 +1,44 @@
+"""Slots of each key, and when those who found none should come back."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable
+
+from api.errors import MAX_RETRY_AFTER
+from llama.slots import Slots
+
+MAX_EXPECTED = 4096
+
+
+class SlotsByKey:
+    """A gate of `limit` slots for each key; keys are known ones, so their number is bounded."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._slots: dict[str, Slots] = {}
+
+    def get(self, key: str) -> Slots:
+        return self._slots.setdefault(key, Slots(self.limit))
+
+
+class Line:
+    """Spreads those who were refused: each is told a time after those who were told before and are not back yet.
+
+    clock: seconds, never going back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._expected: list[float] = []  # when the refused will be back; a heap
+
+    def wait(self, until_free: float, slots: int) -> float:
+        """Seconds to tell the next one. until_free: until the next slot is free, of so many `slots`."""
+        now = self._clock()
+        while self._expected and self._expected[0] <= now:
+            heapq.heappop(self._expected)
+        seconds = min(until_free * (1 + len(self._expected) // slots), MAX_RETRY_AFTER)
+        if len(self._expected) < MAX_EXPECTED:
+            heapq.heappush(self._expected, now + seconds)
+        return seconds

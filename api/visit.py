@@ -1,0 +1,100 @@
+"""`Visit`: what is known about one HTTP request, from its first byte to its log line; and the limits of all of them."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from api.answer import Answer
+from api.errors import APIError
+from llama.stream import RequestStats
+
+Outcome = Literal["ok", "invalid", "refused", "failed", "unavailable", "gone", "stalled"]
+
+
+@dataclass(frozen=True)
+class EdgeLimits:
+    """What one client may ask of the transport; sizes in bytes, times in seconds. Over it: 431, 413, 400, 408, 504,
+    or a closed connection. head: of all header lines; unfinished: connections whose request is not yet all here; quiet:
+    how long a stream may say nothing before it gets a comment line."""
+
+    body: int = 1 << 20
+    head: int = 16 << 10
+    headers: int = 64
+    depth: int = 32
+    body_pieces: int = 1 << 14
+    keys: int = 1024
+    connections: int = 2048
+    unfinished: int = 256
+    send: float = 10.0
+    idle: float = 30.0
+    queue: float = 60.0
+    request: float = 600.0
+    stalled: float = 30.0
+    drain: float = 30.0
+    quiet: float = 15.0
+
+
+@dataclass
+class Visit:
+    """One HTTP request. endpoint: a word of a fixed set. key: 8 hex digits of the key's digest, "" without one.
+
+    request_id: ours; the random part of the answer's `id`. client_request_id: what the client called it.
+    """
+
+    endpoint: str
+    path: str
+    request_id: str = field(default_factory=lambda: secrets.token_urlsafe(32))
+    client_request_id: str | None = None
+    key: str = ""
+    started: float = field(default_factory=time.monotonic)
+    status: int = 0
+    outcome: Outcome = "ok"
+    code: str | None = None
+    model: str | None = None
+    stream: bool | None = None
+    ignored: list[str] = field(default_factory=list)
+    stats: RequestStats | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def began(self, answer: Answer[Any, Any]) -> None:
+        """The request is in the engine."""
+        self.stats = answer.stats
+        self.request_id = answer.heading.request_id
+        self.ignored = answer.arguments.ignored
+
+    def note(self, error: APIError) -> None:
+        """What the request failed with."""
+        status = error.status_code or 500
+        self.code = error.code
+        self.outcome = "invalid" if status < 500 else "unavailable" if status == 503 else "failed"
+        if status == 429:
+            self.outcome = "refused"
+
+    def count(self, answer: Answer[Any, Any]) -> None:
+        """Take the tokens that were delivered until now."""
+        usage = answer.usage
+        self.prompt_tokens, self.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+
+    def log_line(self) -> dict[str, Any]:
+        """For the log: never a text, never a key, never a name that a client chose."""
+        line: dict[str, Any] = {"id": self.request_id, "endpoint": self.endpoint, "status": self.status}
+        line |= {"outcome": self.outcome, "code": self.code, "key": self.key or None, "model": self.model}
+        line |= {"stream": self.stream, "prompt_tokens": self.prompt_tokens}
+        line |= {"completion_tokens": self.completion_tokens, "ms": _ms(self.seconds)}
+        if self.stats is not None:
+            since = self.stats.submitted
+            line["queue_ms"] = _ms(self.stats.first_scheduled and self.stats.first_scheduled - since)
+            line["first_token_ms"] = _ms(self.stats.first_token and self.stats.first_token - since)
+        return {name: value for name, value in line.items() if value is not None}
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 1)
