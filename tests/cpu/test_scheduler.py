@@ -347,10 +347,10 @@ def test_prompt_logprobs_need_every_position_so_nothing_is_looked_up() -> None:
     assert step(scheduler, model).counts == [18]
 
 
-def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
-    scheduler, model = scheduler_of(num_blocks=40, block_size=4, budget=64)
+def test_a_preempted_sequence_goes_first_and_finds_its_own_blocks_again() -> None:
+    scheduler, model = scheduler_of(num_blocks=40, block_size=4, budget=64, seqs=2)
     seq, other = make(list(range(18)), 12, min_tokens=12), make([3], 12, min_tokens=12)
-    scheduler.add([other, seq])
+    scheduler.add([other, seq, make([4], 1)])
     for _ in range(5):
         step(scheduler, model)
     assert scheduler.preempt_youngest() is seq
