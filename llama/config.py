@@ -232,6 +232,8 @@ class EngineConfig:
     max_seq_len: a context shorter than the model's own. prefix_cache: keep and find the blocks of equal prompt starts.
     batch_invariant: same bits alone and in any batch; None = on for CUDA, off for the CPU, where it costs a third or
     more of batch-1 speed. cuda_graphs: replay decode steps as CUDA graphs; nothing on the CPU.
+    threads: CPU threads of one operation; None = torch's own number, or one for a model so small that threads would
+    spend longer meeting than working.
     """
 
     device: str = "auto"
@@ -245,6 +247,7 @@ class EngineConfig:
     prefix_cache: bool = True
     batch_invariant: bool | None = None
     cuda_graphs: bool = True
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         ceilings = {"slots": 1 << 16, "block_size": 1024, "max_batch_tokens": 1 << 20, "max_batch_seqs": 1 << 16}
@@ -252,7 +255,7 @@ class EngineConfig:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= ceiling:
                 raise ConfigError(name, value, f"must be a whole number from 1 to {ceiling}")
-        for name in ("kv_memory", "max_seq_len"):
+        for name in ("kv_memory", "max_seq_len", "threads"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(name, value, "must be a whole number of at least 1, or None")
