@@ -96,6 +96,8 @@ class Engine:
         self._thread.daemon = True
         self._thread.start()
         loop = started.get()
+        # torch takes the engine thread's number of threads for the default of new threads; put this thread's back.
+        torch.set_num_threads(torch.get_num_threads())
         if isinstance(loop, BaseException):
             self._thread.join()
             raise loop

@@ -28,7 +28,7 @@ _ONE_THREAD_BYTES = 16 << 20
 class Setup:
     """model_dir: None = random weights. tokenizer: None = the model has none, and serves token ids only.
 
-    max_seq_len: the context that is served, in tokens.
+    max_seq_len: the context that is served, in tokens. threads: CPU threads of one operation.
     """
 
     config: EngineConfig
@@ -40,6 +40,7 @@ class Setup:
     batch_invariant: bool
     max_seq_len: int
     memory_plan: MemoryPlan
+    threads: int
 
 
 def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
@@ -49,6 +50,8 @@ def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
     device = _device(config.device)
     dtype = _dtype(config.dtype, shape.dtype, device)
     max_seq_len = min(config.max_seq_len or shape.max_seq_len, shape.max_seq_len)
+    memory_plan = plan_memory(shape, config, max_seq_len, dtype.itemsize, device)
+    small = memory_plan.weights <= _ONE_THREAD_BYTES
     return Setup(
         config=config,
         model_dir=folder,
@@ -58,16 +61,15 @@ def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
         dtype=dtype,
         batch_invariant=device.type == "cuda" if config.batch_invariant is None else config.batch_invariant,
         max_seq_len=max_seq_len,
-        memory_plan=plan_memory(shape, config, max_seq_len, dtype.itemsize, device),
+        memory_plan=memory_plan,
+        threads=config.threads or (1 if small else torch.get_num_threads()),
     )
 
 
 def build_runner(setup: Setup, progress: bool) -> Runner:
     """Load (or make up) the weights, allocate the cache, capture the graphs. Called in the engine thread."""
     config, device, dtype = setup.model_config, setup.device, setup.dtype
-    if device.type == "cpu":
-        small = setup.memory_plan.weights <= _ONE_THREAD_BYTES
-        torch.set_num_threads(setup.config.threads or (1 if small else torch.get_num_threads()))
+    torch.set_num_threads(setup.threads)
     if setup.model_dir is None:
         parameters = random_parameters(config, dtype, device)
     else:
