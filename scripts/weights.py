@@ -150,7 +150,7 @@ def inspect(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
         f"  dim {c.dim}, {c.n_layers} layers, {c.n_heads} heads of {c.head_dim} ({c.n_kv_heads} for keys and values), "
         f"ffn_dim {c.ffn_dim}",
         f"  vocabulary {c.vocab_size}, context {c.max_seq_len}, rope theta {c.rope_theta:g}, eps {c.norm_eps:g}, "
-        f"{'tied' if c.tie_embeddings else 'untied'} embeddings, {'with' if report['tokenizer'] else 'no'} tokenizer.model",
+        f"{'tied' if c.tie_embeddings else 'untied'} embeddings, {'a' if report['tokenizer'] else 'no'} tokenizer",
         *(f"  {file['name']}  {file['bytes']:,} bytes  {file['sha256'] or ''}" for file in report["files"]),
         *_shape_lines(source),
         *(f"  problem: {problem}" for problem in source.problems),

@@ -186,7 +186,7 @@ def table(found: dict[str, Any], title: str) -> str:
     lines += [
         "",
         "slots: how many requests of the whole context fit at once. tok/s: the roofline's limits, for one request and",
-        f"for all slots that fit, up to the {found['slots']} wanted, at the end of the context. prompt: time to read one.",
+        f"for all slots that fit, up to the {found['slots']} wanted, with the whole context. prompt: time to read one.",
         "Quantized formats: KV cache in fp8. The engine itself runs fp32, bf16 and fp16.",
     ]
     return "\n".join(lines)
