@@ -44,7 +44,7 @@ def test_swiglu(rows: int, ffn: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_heads, n_kv_heads, head_dim", [(4, 4, 16), (8, 2, 8), (32, 8, 64), (8, 1, 128)])
+@pytest.mark.parametrize("n_heads, n_kv_heads, head_dim", [(4, 4, 16), (8, 2, 8), (6, 6, 48), (32, 8, 64), (8, 1, 128)])
 def test_rope_write(n_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     qkv = normal(3, (n_heads + 2 * n_kv_heads) * head_dim, dtype=dtype)
     cos_sin = guarded(reference.rope_table(head_dim, 40, 10000.0, 1.0, torch.device("cpu")))
