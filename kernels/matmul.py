@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.launch import FLOATS, cdiv, expect
 from kernels.linear_weight import LinearWeight
-from kernels.tiles import card, matmul_tile, split_k
+from kernels.tiles import MatmulTile, card, matmul_tile, split_k
 
 _GROUP = 8
 
@@ -110,16 +110,15 @@ def linear(x: Tensor, weight: LinearWeight, *, batch_invariant: bool = False) ->
         return x @ weight.data.T
     out = torch.empty((len(x), weight.n), dtype=x.dtype, device=x.device)
     if len(x):
-        launch_matmul(x, weight, out, split=not batch_invariant)
+        tile = matmul_tile(card(), len(x), weight.n, x.dtype == torch.float32)
+        launch_matmul(x, weight, out, tile, 1 if batch_invariant else split_k(card(), tile, len(x), weight.n, weight.k))
     return out
 
 
-def launch_matmul(x: Tensor, weight: LinearWeight, out: Tensor, *, split: bool) -> None:
-    """The launch behind `linear`; out may be of another dtype than x (tests ask for equal bits of fp32 sums)."""
+def launch_matmul(x: Tensor, weight: LinearWeight, out: Tensor, tile: MatmulTile, splits: int) -> None:
+    """The launch behind `linear`, with any tile; out may be of another dtype than x (tests compare fp32 sums)."""
     rows = len(x)
-    tile = matmul_tile(card(), rows, weight.n, x.dtype == torch.float32)
     row_tiles, column_tiles = cdiv(rows, tile.block_m), cdiv(weight.n, tile.block_n)
-    splits = split_k(card(), tile, row_tiles * column_tiles, weight.k) if split else 1
     part = out  # without a split nothing reads it; any pointer does
     if splits > 1:
         part = torch.empty((splits, rows, weight.n), dtype=torch.float32, device=x.device)

@@ -112,12 +112,12 @@ def _tiles(tile: MatmulTile, rows: int, n: int) -> int:
     return cdiv(rows, tile.block_m) * cdiv(n, tile.block_n)
 
 
-def split_k(card: Card, tile: MatmulTile, tiles: int, k: int) -> int:
+def split_k(card: Card, tile: MatmulTile, rows: int, n: int, k: int) -> int:
     """How many programs share the sum of one tile, so that two programs find work on every SM: 1, 2 or 4.
 
     Each part keeps at least 1024 of k, or its pipeline would hardly start; with many rows the parts themselves weigh.
     """
-    splits = 1
+    splits, tiles = 1, _tiles(tile, rows, n)
     while splits < 4 and tile.block_m <= 32 and tiles * splits < 2 * card.sms:
         if k < 2048 * splits or k % (2 * splits * tile.block_k):
             break

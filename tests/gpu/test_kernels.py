@@ -9,7 +9,7 @@ from kernel_cases import DTYPES, Paged, check, guards_are_nan, normal
 from torch import Tensor
 
 import kernels
-from kernels import attention, reference
+from kernels import attention, reference, tiles
 from kernels.attention_plan import AttentionPlan
 from kernels.linear_weight import LinearWeight
 from kernels.matmul import launch_matmul
@@ -80,7 +80,7 @@ def test_rope_write(n_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.d
 def sums(x: Tensor, weight: LinearWeight) -> Tensor:
     """The fp32 sums themselves: rounding to 16 bits would hide most differences."""
     out = torch.empty((len(x), weight.n), dtype=torch.float32, device=CUDA)
-    launch_matmul(x, weight, out, split=False)
+    launch_matmul(x, weight, out, tiles.matmul_tile(tiles.card(), len(x), weight.n, x.dtype == torch.float32), 1)
     return out
 
 
