@@ -216,7 +216,7 @@ class Edge:
                 raise  # the answer has begun; the connection is closed
             log.exception("request %s failed", visit.request_id)
             answer = error_answer(internal_error(), visit)
-        if not incoming.finished and b"expect" not in headers:
+        if not incoming.finished and b"expect" not in headers and answer.status_code != 408:
             await incoming.discard(8 * self.limits.body, seconds=2.0)
         await answer(scope, incoming, send)
 

@@ -195,9 +195,9 @@ class HttpServer(uvicorn.Server):
         return False
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the engines first: whoever is still being served gets an error, and not silence."""
+        """Whoever is still being served gets an error, and not silence: their engines are closed first."""
         self.server.draining = True
-        if self.server.client is not None:
+        if self.server.client is not None and self.server.active:
             await self.server.client.close()
         await super().shutdown(sockets)
 
@@ -216,7 +216,8 @@ class HttpServer(uvicorn.Server):
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol by name: asyncio switches Nagle's algorithm off, which costs 40 ms an answer, only where it sees TCP.
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))

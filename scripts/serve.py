@@ -60,6 +60,8 @@ def main() -> int:
     loading = Loading(args, server, http, lambda name: welcome(address, name, bool(keys)))
     loading.start()
     asyncio.run(http.serve([socket]))
+    if server.client is not None:
+        asyncio.run(server.client.close())
     if loading.is_alive():
         os._exit(Exit.DONE)  # the thread is deep inside loading, and cannot be asked to stop
     return Exit.CANNOT_START if loading.failed else http.exit_code
