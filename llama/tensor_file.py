@@ -162,12 +162,15 @@ def read_safetensors(path: Path) -> dict[str, Region]:
     if length > min(file.size - 8, _MAX_HEADER):
         raise fault(f"its header claims {length} bytes, the file has {file.size} (headers: at most {_MAX_HEADER})")
     try:
-        header = json.loads(file.read(8, length).decode(), object_pairs_hook=_unique)
+        header = json.loads(file.read(8, length).decode(), object_pairs_hook=_unique, parse_int=_size)
+        json.dumps(header, ensure_ascii=False).encode()  # a lone surrogate is no text
     except (ValueError, RecursionError) as error:
         raise fault(f"its header is no JSON: {error}") from error
     if not isinstance(header, dict):
         raise fault("its header is no JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
+        raise fault("its metadata is no object of strings")
     begin = 8 + length
     regions = {}
     for name, entry in header.items():
@@ -209,6 +212,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         raise ValueError("a name stands twice in one object")
     return made
+
+
+def _size(text: str) -> int:
+    if text.startswith("-"):
+        raise ValueError(f"{text} is no size")
+    return int(text)
 
 
 def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:

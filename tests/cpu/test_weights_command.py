@@ -23,7 +23,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -771,14 +771,8 @@ def test_mutated_safetensors_headers(tmp_path: Path) -> None:
         path.write_bytes(data if rng.random() < 0.9 else mutate(data, rng, 0, len(data)))
         if typed(lambda: read_safetensors(path)):
             taken += 1
-            try:
-                with safe_open(path, "pt") as opened:
-                    names = set(opened.keys())
-            except SafetensorError as error:
-                # The library reads metadata as strings only, and asks for more of its first byte.
-                assert "metadata" in str(error) or "InvalidHeader" in str(error), (error, path.read_bytes())
-            else:
-                assert names == set(read_safetensors(path))
+            with safe_open(path, "pt") as opened:
+                assert set(opened.keys()) == set(read_safetensors(path))
     assert taken < 1000 * ROUNDS
 
 
