@@ -165,6 +165,8 @@ class Engine:
 
         params: one for all, or one per prompt. All prompts are checked first, then they line up for the slots.
         """
+        if isinstance(prompts, str | bytes):
+            raise InvalidRequest("prompts", prompts, "must be a list of prompts, not one")
         each = list(params) if isinstance(params, SequenceOf) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
             raise InvalidRequest("params", len(each), f"must be one, or one for each of the {len(prompts)} prompts")
@@ -184,6 +186,8 @@ class Engine:
 
     def encode(self, prompt: str | SequenceOf[int]) -> list[int]:
         """Prompt ids of a text (with BOS), or the ids themselves. Raises InvalidRequest."""
+        if isinstance(prompt, bytes) or not isinstance(prompt, SequenceOf):
+            raise InvalidRequest("prompt", prompt, "must be a text or a list of token ids")
         if not isinstance(prompt, str):
             return list(prompt)
         if self.tokenizer is None:

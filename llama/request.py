@@ -118,6 +118,9 @@ def check_request(request: Request, vocab_size: int, max_seq_len: int, max_cache
 
     max_cached: tokens that the whole KV cache can hold for one sequence.
     """
+    for name, kind in (("params", SamplingParams), ("salt", str), ("chat", bool)):
+        if not isinstance(getattr(request, name), kind):
+            raise InvalidRequest(name, getattr(request, name), f"must be of type {kind.__name__}")
     _integer("n", request.n, 1, limits.n)
     if not request.prompts:
         raise InvalidRequest("prompt", [], "at least one prompt is needed")
@@ -128,6 +131,8 @@ def check_request(request: Request, vocab_size: int, max_seq_len: int, max_cache
         for token_id in getattr(request.params, name):
             _integer(name, token_id, 0, vocab_size - 1)
     for prompt in request.prompts:
+        if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence):
+            raise InvalidRequest("prompt", prompt, "must be a list of token ids")
         if not len(prompt):
             raise InvalidRequest("prompt", [], "a prompt needs at least one token")
         for token_id in prompt:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llama import Engine, EngineConfig, ModelConfig, Request, SamplingParams, Stream
-from llama.errors import EngineClosed, EngineDead, RequestFailed, SlotsFull
+from llama.errors import EngineClosed, EngineDead, InvalidRequest, RequestFailed, SlotsFull
 from llama.loop import EngineLoop, StepRunner
 from llama.runner import Runner, StepResult, wanted_rows
 from llama.scheduler import Plan
@@ -283,6 +283,14 @@ def test_an_error_that_does_not_come_again_fails_nobody(engine: Engine, alone: C
     assert [[entry.token_id for entry in entries] for entries in prompt_logprobs] == [[2, 3, 4]]
 
 
+@pytest.mark.parametrize("prompts", ["text", b"text", [5], [None], [b"ab"], [{1: 2}], [[None]], [["a"]], ["text"]])
+def test_prompts_of_the_wrong_type_are_refused(engine: Engine, prompts: object) -> None:
+    """One text is no list of prompts: it would be continued once for each character."""
+    with pytest.raises(InvalidRequest) as caught:
+        engine.generate(prompts)  # type: ignore[arg-type]
+    assert caught.value.field in ("prompt", "prompts")
+
+
 # --- aborts -----------------------------------------------------------------------------------------------------
 
 
@@ -480,19 +488,21 @@ def test_a_request_that_comes_in_behind_the_close() -> None:
 def test_an_error_of_the_engine_itself_reaches_every_stream(where: str) -> None:
     engine = Engine(TINY, EngineConfig(block_size=8, kv_memory=1 << 20), progress=False)
 
+    all_are_there = threading.Event()
+
     def boom(loop: EngineLoop) -> None:
-        if loop.n_steps == 3:
+        all_are_there.wait()
+        if where == "step" and loop.n_steps == 3:
             raise RuntimeError("broken scheduler")
 
     def lost(plan: Plan) -> None:
-        if any(seq.n_generated == 3 for seq in plan.seqs):
+        if where == "lost device" and any(seq.n_generated == 3 for seq in plan.seqs):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    if where == "step":
-        engine._loop.on_step = boom
-    else:
-        engine._loop.runner = Faulty(engine._loop.runner, lost)
+    engine._loop.on_step = boom
+    engine._loop.runner = Faulty(engine._loop.runner, lost)
     streams = [engine.submit(Request([[1, i]], SamplingParams(max_tokens=50, ignore_eos=True))) for i in range(5)]
+    all_are_there.set()
     for stream in streams:
         with pytest.raises(EngineDead, match="broken scheduler" if where == "step" else "CUDA error"):
             list(stream)

@@ -99,6 +99,18 @@ def test_n(n: Any) -> None:
     check(Request([[1]], SamplingParams(max_tokens=1), n=8))
 
 
+@pytest.mark.parametrize("field, value", [("params", None), ("params", {}), ("salt", 5), ("salt", None), ("chat", 1)])
+def test_a_field_of_the_wrong_type(field: str, value: Any) -> None:
+    """It would otherwise be found in the engine thread, where it would end the engine for everybody."""
+    fields = {"params": SamplingParams(max_tokens=1)} | {field: value}
+    refused(Request([[1]], **fields), field)
+
+
+@pytest.mark.parametrize("prompts", [[1, 2], [None], ["text"], [b"ids"], [{1: 2}], [{1, 2}]])
+def test_prompts_that_are_no_lists_of_ids(prompts: Any) -> None:
+    refused(Request(prompts, SamplingParams(max_tokens=1)), "prompt")
+
+
 def test_prompts_times_n() -> None:
     check(Request([[1]] * 64, SamplingParams(max_tokens=1)))
     assert refused(Request([[1]] * 65, SamplingParams(max_tokens=1)), "n").value == 65
