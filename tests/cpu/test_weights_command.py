@@ -836,16 +836,19 @@ good = 0
 for i in range(n):
     data = bytearray(whole)
     for _ in range(rng.choice((1, 1, 2, 5, 50))):
-        at = rng.randrange(len(data)) if rng.random() < 0.7 else -rng.randrange(1, min(len(data), 400))
-        kind = rng.randrange(4)
+        # Anywhere, or near the end, where the settings are.
+        at = rng.randrange(len(data)) if rng.random() < 0.7 else rng.randrange(max(0, len(data) - 400), len(data))
+        kind = rng.randrange(5)
         if kind == 0: data[at] = rng.randrange(256)
-        elif kind == 1: del data[at:at + rng.randrange(1, 20)] if at >= 0 else data[at]
-        elif kind == 2: data[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 9)))
-        else: data[at] ^= 1 << rng.randrange(8)
-        if rng.random() < 0.02: del data[abs(at):]
+        elif kind == 1: del data[at:at + rng.randrange(1, 20)]
+        elif kind == 2: data[at:at] = rng.randbytes(rng.randrange(1, 9))
+        elif kind == 3: data[at] ^= 1 << rng.randrange(8)
+        elif rng.random() < 0.05: del data[at:]
+        data = data or bytearray(1)
     open(path, "wb").write(data)
     try:
         tokenizer = Tokenizer(path)
+        tokenizer.decode(tokenizer.encode_prompt("Once upon a time <s> [INST] schläft 128"))
     except EngineError:
         continue
     good += 1
@@ -857,9 +860,8 @@ def test_mutated_tokenizers(tmp_path: Path, tiny_tokenizer_file: Path) -> None:
     """In a process of its own: a crash of the library would be the end of this one."""
     path, n = tmp_path / "tokenizer.model", 20 * ROUNDS
     shutil.copy(tiny_tokenizer_file, path)
-    code = TOKENIZERS.replace("del data[at:at + rng.randrange(1, 20)] if at >= 0 else data[at]", "del data[at:][:9]")
     done = subprocess.run(
-        [sys.executable, "-c", code, path, str(n)],
+        [sys.executable, "-c", TOKENIZERS, path, str(n)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
