@@ -28,8 +28,8 @@ class SequenceSpan:
     row: int  # first query row in the batch
     n_queries: int
     n_keys: int
-    blocks: Tensor  # [blocks in use] int64
-    first_block: int  # -1: the blocks are scattered
+    first_block: int
+    scattered: Tensor | None  # [blocks in use] int64 where they do not lie side by side
     bias: Tensor | None  # [n_queries, n_keys] bool, True = visible; None: no mask, or causal from position 0
 
 
@@ -59,14 +59,15 @@ class CpuPlan:
     ) -> None:
         self._starts, self._lengths, self._tables = cu_seqlens_q, seqlens_k, block_tables
         self._block_size = block_size
-        self.n_queries = np.diff(cu_seqlens_q)
-        self.all_decode = len(seqlens_k) > 1 and int(self.n_queries.max()) == 1
+        n_seqs = len(seqlens_k)
+        self.all_decode = n_seqs > 1 and int(cu_seqlens_q[-1]) == n_seqs
 
     @cached_property
     def spans(self) -> list[SequenceSpan]:
         """Sequence by sequence."""
-        columns = (self._starts[:-1].tolist(), self.n_queries.tolist(), self._lengths.tolist(), self._tables)
-        return [_span(row, n, k, table, self._block_size) for row, n, k, table in zip(*columns, strict=True)]
+        starts, lengths = self._starts.tolist(), self._lengths.tolist()
+        columns = zip(starts[:-1], starts[1:], lengths, self._tables, strict=True)
+        return [_span(row, end - row, n_keys, table, self._block_size) for row, end, n_keys, table in columns]
 
     @cached_property
     def gather(self) -> tuple[Tensor, Tensor]:
@@ -125,15 +126,14 @@ class AttentionPlan:
 
 
 def _span(row: int, n_queries: int, n_keys: int, table: np.ndarray, block_size: int) -> SequenceSpan:
-    n_blocks = -(-n_keys // block_size)
-    blocks = table[:n_blocks].astype(np.int64)
-    first = int(blocks[0])
-    side_by_side = n_blocks == 1 or bool((blocks == np.arange(first, first + n_blocks)).all())
+    blocks = table[: -(-n_keys // block_size)].tolist()
+    side_by_side = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
     bias = None
     if 1 < n_queries < n_keys:
         positions = np.arange(n_keys - n_queries, n_keys)
         bias = torch.from_numpy(np.arange(n_keys)[None, :] <= positions[:, None])
-    return SequenceSpan(row, n_queries, n_keys, torch.from_numpy(blocks), first if side_by_side else -1, bias)
+    scattered = None if side_by_side else torch.tensor(blocks)
+    return SequenceSpan(row, n_queries, n_keys, blocks[0], scattered, bias)
 
 
 def _tiles(cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray, tables: np.ndarray, block_size: int) -> QueryTiles:

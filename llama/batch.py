@@ -39,8 +39,8 @@ class Batch:
             first, table = seq.num_computed, seq.block_table
             tables[i, : len(table)] = table
             if n == 1:
-                kv_index = table[first // block_size] * block_size + first % block_size
-                rows[0, row], rows[1, row], rows[2, row] = seq.token_ids[first], first, kv_index
+                cache_row = table[first // block_size] * block_size + first % block_size
+                rows[:, row] = seq.token_ids[first], first, cache_row
             else:
                 at = np.arange(first, first + n)
                 rows[0, row : row + n] = seq.token_ids[first : first + n]
@@ -49,7 +49,7 @@ class Batch:
             row += n
             starts[i + 1] = row
             lengths[i] = first + n
-        token_ids, positions, kv_index = torch.from_numpy(rows).to(device)
+        token_ids, positions, kv_index = torch.from_numpy(rows).to(device).unbind(0)
         attention = kernels.plan_attention(starts, lengths, tables, block_size, device)
         wanted = torch.tensor(logit_rows, dtype=torch.int64).to(device)
         return cls(token_ids, positions, kv_index, attention, wanted)
