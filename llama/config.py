@@ -232,8 +232,8 @@ class EngineConfig:
     max_seq_len: a context shorter than the model's own. prefix_cache: keep and find the blocks of equal prompt starts.
     batch_invariant: same bits alone and in any batch; None = on for CUDA, off for the CPU, where it costs a third or
     more of batch-1 speed. cuda_graphs: replay decode steps as CUDA graphs; nothing on the CPU.
-    threads: CPU threads of one operation; None = torch's own number, or one for a model so small that threads would
-    spend longer meeting than working.
+    threads: CPU threads of one operation; None = torch's own number, or one in steps so small that threads would spend
+    longer meeting than working.
     """
 
     device: str = "auto"

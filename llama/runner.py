@@ -59,12 +59,22 @@ def wanted_rows(plan: Plan) -> Wanted:
 
 
 class Runner:
-    """graphs: replays decode steps where it is given; every other step runs kernel by kernel."""
+    """graphs: replays decode steps where it is given; every other step runs kernel by kernel.
+
+    threads: CPU threads of one operation in steps of more than one_thread_rows rows; smaller steps use one.
+    """
 
     def __init__(
-        self, model: Transformer, cache: KVCache, device: torch.device, graphs: DecodeGraphs | None = None
+        self,
+        model: Transformer,
+        cache: KVCache,
+        device: torch.device,
+        graphs: DecodeGraphs | None = None,
+        threads: int = 1,
+        one_thread_rows: int = 0,
     ) -> None:
         self.model, self.cache, self.device, self.graphs = model, cache, device, graphs
+        self.threads, self.one_thread_rows = threads, one_thread_rows
         self.sampler = Sampler(device)
 
     @torch.inference_mode()
@@ -72,6 +82,9 @@ class Runner:
         """Compute the plan's tokens and sample one for every sequence that reaches its last one."""
         if self.graphs is not None and self.graphs.serves(plan):
             return StepResult(*self.sampler.sample(self.graphs.run(plan), plan.seqs))
+        threads = 1 if plan.n_tokens <= self.one_thread_rows else self.threads
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
         wanted = wanted_rows(plan)
         batch = Batch.from_plan(plan, wanted.rows, self.cache.block_size, self.device)
         hidden = self.model.forward(batch, self.cache)

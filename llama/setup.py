@@ -18,9 +18,9 @@ from llama.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 
-# Weights up to this many bytes lie in one core's cache, and one thread reads them as fast as two. With two, every small
-# operation waits for the slower thread: on two busy cores a step of a 1M-parameter model took 1.2 ms with one thread,
-# and 13 to 20 ms (medians) with two.
+# A step of up to this many bytes of weights x rows runs on one thread. With two, every small operation waits for the
+# slower one: on two busy cores a one-row step of a 1M-parameter model took 1.2 ms with one thread, and 13 to 20 ms
+# (medians) with two. At 64 rows two threads are 1.5 times as fast.
 _ONE_THREAD_BYTES = 16 << 20
 
 
@@ -28,7 +28,8 @@ _ONE_THREAD_BYTES = 16 << 20
 class Setup:
     """model_dir: None = random weights. tokenizer: None = the model has none, and serves token ids only.
 
-    max_seq_len: the context that is served, in tokens. threads: CPU threads of one operation.
+    max_seq_len: the context that is served, in tokens. threads: CPU threads of one operation,
+    in steps of more than one_thread_rows rows.
     """
 
     config: EngineConfig
@@ -41,6 +42,7 @@ class Setup:
     max_seq_len: int
     memory_plan: MemoryPlan
     threads: int
+    one_thread_rows: int
 
 
 def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
@@ -51,7 +53,6 @@ def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
     dtype = _dtype(config.dtype, shape.dtype, device)
     max_seq_len = min(config.max_seq_len or shape.max_seq_len, shape.max_seq_len)
     memory_plan = plan_memory(shape, config, max_seq_len, dtype.itemsize, device)
-    small = memory_plan.weights <= _ONE_THREAD_BYTES
     return Setup(
         config=config,
         model_dir=folder,
@@ -62,14 +63,14 @@ def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
         batch_invariant=device.type == "cuda" if config.batch_invariant is None else config.batch_invariant,
         max_seq_len=max_seq_len,
         memory_plan=memory_plan,
-        threads=config.threads or (1 if small else torch.get_num_threads()),
+        threads=config.threads or torch.get_num_threads(),
+        one_thread_rows=_ONE_THREAD_BYTES // memory_plan.weights if config.threads is None else 0,
     )
 
 
 def build_runner(setup: Setup, progress: bool) -> Runner:
     """Load (or make up) the weights, allocate the cache, capture the graphs. Called in the engine thread."""
     config, device, dtype = setup.model_config, setup.device, setup.dtype
-    torch.set_num_threads(setup.threads)
     if setup.model_dir is None:
         parameters = random_parameters(config, dtype, device)
     else:
@@ -82,7 +83,7 @@ def build_runner(setup: Setup, progress: bool) -> Runner:
         graphs = DecodeGraphs(model, cache, device, setup.max_seq_len, setup.config.max_batch_seqs, capture_cuda())
         with torch.inference_mode():
             graphs.capture_all(up_to=setup.config.slots)
-    return Runner(model, cache, device, graphs)
+    return Runner(model, cache, device, graphs, setup.threads, setup.one_thread_rows)
 
 
 def find_model(model: str | Path) -> Path:
