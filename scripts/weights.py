@@ -32,12 +32,13 @@ from typing import Any, NoReturn
 import torch
 from weights_plan import CARDS, FORMATS, plan_all, table
 from weights_source import GGUF, HF, META, Source, named_model, open_source, random_source, sha256, shape_of
+from weights_target import WriteError
 from weights_verify import checks
-from weights_write import WriteError, Written, write_checkpoint
+from weights_write import Written, write_checkpoint
 
 from llama.checkpoint import load_parameters
 from llama.config import DTYPES
-from llama.errors import ConfigError, EngineError
+from llama.errors import CheckpointError, ConfigError, EngineError, LoadError
 from llama.tensor_file import TensorFile
 
 FORMS = {"hf": HF, "meta": META}
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         return _failed(args, str(error), 1)
     except KeyboardInterrupt:
         return _failed(args, "interrupted; nothing was left behind", 130)
-    print(json.dumps(report) if args.json else report.pop("text"))
+    text = report.pop("text")
+    print(json.dumps(report) if args.json else text)
     return code
 
 
@@ -186,8 +188,7 @@ def verify(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
 def convert(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     source = open_source(args.source, args.tokenizer)
     if source.problems:
-        lines = "\n  ".join(source.problems[:20])
-        return _failed_report(f"{source.path}: is not a whole model, so nothing was written:\n  {lines}")
+        raise CheckpointError(source.path, source.problems)
     return _written(_write(args, source), source)
 
 
@@ -210,10 +211,6 @@ def _written(done: Written, source: Source) -> tuple[dict[str, Any], int]:
     return {**report, "text": text}, 0
 
 
-def _failed_report(message: str) -> tuple[dict[str, Any], int]:
-    return {"error": message, "exit_code": 1, "text": message}, 1
-
-
 def plan(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     config = shape_of(args.model)
     found = plan_all(config, args.card, args.slots, args.context, args.dtype or list(FORMATS))
@@ -224,7 +221,7 @@ def load(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """The loader and a plain copy of the files into fresh memory, in turns. The first round of each only warms up."""
     source = open_source(args.source)
     if source.kind == GGUF:
-        return _failed_report(f"{source.path}: the engine does not load GGUF; convert it first")
+        raise LoadError(source.path, "is GGUF, which the engine does not load; convert it first")
     device, dtype = torch.device(args.device), getattr(torch, args.dtype or source.config.dtype)
 
     def loader() -> None:

@@ -39,7 +39,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import weights  # noqa: E402
 import weights_plan  # noqa: E402
-import weights_write  # noqa: E402
+import weights_target  # noqa: E402
+from weights_forms import HfWriter, meta_params  # noqa: E402
 from weights_gguf import gguf_table  # noqa: E402
 
 MHA = "dim=64,n_layers=2,n_heads=8,ffn_dim=176,vocab_size=400,max_seq_len=128"
@@ -183,7 +184,7 @@ def test_params_json_for_the_named_models() -> None:
         "70B": {"multiple_of": 4096, "ffn_dim_multiplier": 1.3},
     }.items():
         config = ModelConfig.named(name)
-        params = weights_write.meta_params(config)
+        params = meta_params(config)
         assert from_meta(params) == config
         assert {key: params[key] for key in ("multiple_of", "ffn_dim_multiplier") if key in params} == wanted
 
@@ -191,7 +192,7 @@ def test_params_json_for_the_named_models() -> None:
 @pytest.mark.parametrize("ffn_dim", [8, 100, 344, 341, 342, 1000, 4097])
 def test_params_json_for_any_width(ffn_dim: int) -> None:
     config = ModelConfig(128, 2, 4, 2, 32, ffn_dim, 400)
-    assert from_meta(weights_write.meta_params(config)) == config
+    assert from_meta(meta_params(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -625,7 +626,7 @@ def test_an_interrupt_leaves_nothing(
                 signal.raise_signal(name)
 
         with monkeypatch.context() as patch:
-            patch.setattr(weights_write.HfWriter, "put", put)
+            patch.setattr(HfWriter, "put", put)
             refused(capsys, 130, "interrupted; nothing was left behind", "convert", hf, tmp_path / "out")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
@@ -635,14 +636,14 @@ def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path: Path, form: str
     """SIGKILL before the 71st write, or between the last one and the rename; the next run cleans up behind it."""
     quiet("random", "dim=256,n_layers=8,n_heads=8,ffn_dim=1024,vocab_size=8000", tmp_path / "hf", "--dtype", "float32")
     code = (
-        "import os, sys, signal\nfrom pathlib import Path\nimport weights, weights_write\n"
+        "import os, sys, signal\nfrom pathlib import Path\nimport weights, weights_target\n"
         "left = int(sys.argv[1]); real = os.pwrite\n"
         "def pwrite(*args):\n    global left\n    left -= 1\n    if left < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(*args)\n"
         "os.pwrite = pwrite\n"
-        "sync = weights_write._sync\n"
+        "sync = weights_target._sync\n"
         "def killed(folder): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "if left > 900: weights_write._sync = killed\n"
+        "if left > 900: weights_target._sync = killed\n"
         f"sys.exit(weights.main(['convert', 'hf', 'out', '--to', '{form}']))\n"
     )
     path = os.pathsep.join((str(ROOT), str(ROOT / "scripts")))
@@ -662,8 +663,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path: Path, form: str
 
 
 def test_two_runs_do_not_write_the_same_target(capsys: pytest.CaptureFixture[str], tmp_path: Path, hf: Path) -> None:
-    source = weights.open_source(str(hf))
-    with weights_write._replacing(source, tmp_path / "out", False, 1):
+    with weights_target.replacing(hf, tmp_path / "out", False, 1):
         refused(capsys, 3, "another run is writing it", "convert", hf, tmp_path / "out")
     assert (tmp_path / "out").is_dir()
 
