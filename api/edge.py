@@ -268,7 +268,8 @@ def _no_route(error: HTTPException) -> APIStatusError:
 
 
 def retry_headers(seconds: float) -> dict[str, str]:
-    return {"Retry-After": str(max(1, round(seconds + 0.499))), "retry-after-ms": str(max(1, round(seconds * 1000)))}
+    ms = max(1, round(seconds * 1000))
+    return {"Retry-After": str(-(-ms // 1000)), "retry-after-ms": str(ms)}
 
 
 def internal_error() -> APIStatusError:

@@ -6,7 +6,7 @@ import heapq
 import time
 from collections.abc import Callable
 
-from api.errors import MAX_RETRY_AFTER
+from api.errors import MAX_RETRY_AFTER, SOON
 from llama.slots import Slots
 
 MAX_EXPECTED = 4096
@@ -33,12 +33,17 @@ class Line:
         self._clock = clock
         self._expected: list[float] = []  # when the refused will be back; a heap
 
-    def wait(self, until_free: float, slots: int) -> float:
-        """Seconds to tell the next one. until_free: until the next slot is free, of so many `slots`."""
+    def forget(self) -> None:
+        """There is no line: whoever comes now finds a slot."""
+        self._expected.clear()
+
+    def wait(self, until_free: Callable[[int], float]) -> float:
+        """Seconds to tell the next one. until_free(n): until slots are free for n others and this one."""
         now = self._clock()
         while self._expected and self._expected[0] <= now:
             heapq.heappop(self._expected)
-        seconds = min(until_free * (1 + len(self._expected) // slots), MAX_RETRY_AFTER)
+        # A little late is better than a little early: clients give up after a few refusals.
+        seconds = min(1.1 * until_free(len(self._expected)) + SOON, MAX_RETRY_AFTER)
         if len(self._expected) < MAX_EXPECTED:
             heapq.heappush(self._expected, now + seconds)
         return seconds

@@ -87,14 +87,15 @@ class Server:
     def seat(self, visit: Visit, served: Served) -> Iterator[None]:
         """One of the key's slots, while the answer is made and written. Raises RateLimitError."""
         slots = self._by_key.get(visit.key)
-        slots.expected_wait = served.engine.slots.expected_wait
         seat: Seat | None = None
         try:
             with translated():
                 seat = slots.acquire()
+            if not served.engine.slots.in_use:
+                self._line.forget()
             yield
         except RateLimitError as error:
-            error.retry_after = self._line.wait(error.retry_after, slots.limit)
+            error.retry_after = self._line.wait(served.engine.expected_wait)
             self.metrics.refused("key" if seat is None else "slots")
             raise
         finally:
@@ -106,9 +107,9 @@ class Server:
         mine = self._by_key.get(visit.key)
         if self.client is None:
             return min(mine.limit, self._slots), 0, AWAY
-        ours = self.client._models.find(visit.model).engine.slots
-        free = max(min(mine.limit - mine.in_use, ours.limit - ours.in_use), 0)
-        return min(mine.limit, ours.limit), free, 0.0 if free else ours.expected_wait()
+        engine = self.client._models.find(visit.model).engine
+        free = max(min(mine.limit - mine.in_use, engine.slots.limit - engine.slots.in_use), 0)
+        return min(mine.limit, engine.slots.limit), free, 0.0 if free else engine.expected_wait()
 
     def _routes(self) -> Router:
         parts = (self.serving, self.seat, self.metrics.gap, self.limits)

@@ -58,14 +58,17 @@ class BoundedConnection(h11.Connection):
 
 
 class Connection(H11Protocol):
-    """One connection. waiting_since: since when a request is not all here; None while there is nothing to wait for."""
+    """One connection. waiting_since: since when a request is not all here; None while there is nothing to wait for.
+
+    ending_since: since when all is written that will be, and the client has not read it.
+    """
 
     def __init__(self, config: uvicorn.Config, *args: Any, **options: Any) -> None:
         super().__init__(config, *args, **options)
         self.limits: EdgeLimits = config.app.limits  # type: ignore[union-attr]  # the app is an Edge
         self.conn = BoundedConnection(self.limits)
         self.waiting_since: float | None = None
-        self.closing_since: float | None = None
+        self.ending_since: float | None = None
         self._received = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -96,11 +99,14 @@ class Connection(H11Protocol):
 
     def sweep(self, now: float) -> None:
         """End what has lasted too long; called now and then."""
-        if self.transport.is_closing():
-            self.closing_since = self.closing_since or now
-            if now - self.closing_since > self.limits.stalled:
+        unread = not self._answering() and self.transport.get_write_buffer_size() > 0
+        if unread or self.transport.is_closing():
+            self.ending_since = self.ending_since or now
+            if now - self.ending_since > self.limits.stalled:
                 self.transport.abort()  # nobody reads what is left to write
-        elif self.waiting_since is not None and now - self.waiting_since > self.limits.send:
+            return
+        self.ending_since = None
+        if self.waiting_since is not None and now - self.waiting_since > self.limits.send:
             if self._answering():
                 # A body on its way is timed by the application; this is for one that nobody reads.
                 if now - self.waiting_since > 2 * self.limits.send:
@@ -219,6 +225,8 @@ def listen(host: str, port: int) -> socket.socket:
     # The protocol by name: asyncio switches Nagle's algorithm off, which costs 40 ms an answer, only where it sees TCP.
     made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # What a client does not read stays with us, where it is bounded, and not in the kernel's megabytes.
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
     try:
         made.bind((host, port))
     except OSError:

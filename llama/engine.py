@@ -212,6 +212,10 @@ class Engine:
             heartbeat_age=time.monotonic() - loop.last_beat,
         )
 
+    def expected_wait(self, rank: int = 0) -> float:
+        """Seconds until slots may be free for rank + 1 more requests, if nobody else takes them. From any thread."""
+        return self._loop.expected_wait(rank)
+
     @property
     def serving(self) -> bool:
         """False once the engine was closed, or stopped on an error."""

@@ -90,10 +90,17 @@ class EngineLoop:
         self.last_beat = time.monotonic()
         self.step_seconds += (self.last_beat - started - self.step_seconds) * (0.1 if self.n_steps > 1 else 1.0)
 
-    def expected_wait(self) -> float:
-        """Seconds until the sequence nearest its end has ended, if steps go on as they do. From any thread."""
-        left = [seq.max_len - len(seq.token_ids) for seq in list(self.scheduler.running)]
-        return max(min(left, default=1), 1) * self.step_seconds
+    def expected_wait(self, rank: int = 0) -> float:
+        """Seconds until rank + 1 sequences have ended, if steps go on as they do. From any thread.
+
+        Beyond those that are known, the next ones are taken to be as long; with none known, it is a second.
+        """
+        seqs = [*self.scheduler.running.copy(), *self.scheduler.waiting.copy()]
+        left = sorted(max(seq.max_len - len(seq.token_ids), 1) for seq in seqs)
+        if not left:
+            return 1.0
+        rounds, place = divmod(rank, len(left))
+        return (rounds * left[-1] + left[place]) * self.step_seconds
 
     # Messages; called in the engine thread through the inbox.
 

@@ -561,9 +561,13 @@ def test_the_client_raises_the_right_errors(served: Serving, guarded: int) -> No
 def test_those_who_are_refused_are_spread() -> None:
     now = [100.0]
     line = Line(lambda: now[0])
-    assert [line.wait(2.0, 3) for _ in range(7)] == [2, 2, 2, 4, 4, 4, 6]
+
+    def until_free(rank: int) -> float:  # three slots, each free every two seconds
+        return 2.0 * (1 + rank // 3)
+
+    assert [round(line.wait(until_free), 2) for _ in range(7)] == [2.25, 2.25, 2.25, 4.45, 4.45, 4.45, 6.65]
     now[0] += 2.5
-    assert line.wait(2.0, 3) == 4  # four are still away
-    assert max(line.wait(2.0, 3) for _ in range(5000)) == 60
+    assert round(line.wait(until_free), 2) == 4.45  # four are still away
+    assert max(line.wait(until_free) for _ in range(5000)) == 60
     now[0] += 60
-    assert line.wait(0.5, 3) == 0.5
+    assert round(line.wait(until_free), 2) == 2.25

@@ -1,0 +1,492 @@
+"""Clients that go, stall or crowd, requests that fail half way, and the end of the server: nothing is lost or left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from api_cases import MESSAGES, PROMPT, Script, idle, scripted, write_model
+from server_cases import Answer, Raw, Serving, ask, eventually, get, post, serving
+
+import api
+from api.sockets import Exit
+from api.visit import EdgeLimits
+
+SLOTS = 6
+LIMITS = EdgeLimits(send=2.0, stalled=0.5, drain=1.0, quiet=0.3, queue=0.5, request=3.0)
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+SHORT = {"model": "tiny", "prompt": PROMPT, "max_tokens": 3, "temperature": 0}
+LONG = {"model": "tiny", "prompt": PROMPT, "max_tokens": 200, "ignore_eos": True, "seed": 1}
+# The soak and the number of disconnects: a short form by default, the long one by LLAMA_LONG=1.
+LONG_FORM = bool(os.environ.get("LLAMA_LONG"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_file: Path) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", tiny_tokenizer_file)
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> api.AsyncClient:
+    return api.AsyncClient(folder, block_size=16, slots=SLOTS)
+
+
+@pytest.fixture(scope="module")
+def served(client: api.AsyncClient) -> Iterator[Serving]:
+    with serving(client, slots=SLOTS, limits=LIMITS) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(client: api.AsyncClient, served: Serving) -> Iterator[None]:
+    yield
+    eventually(lambda: served.server.active == 0 and idle(client))
+    assert ask(served.port, post(COMPLETIONS, SHORT)).status == 200
+
+
+@pytest.fixture
+def slow(client: api.AsyncClient) -> Iterator[Script]:
+    """Steps of 10 ms, so that what was started is still running when the next line looks."""
+    with scripted(client, lambda index, prompt: [300] * 230) as script:
+        script.gate = lambda: time.sleep(0.01)
+        yield script
+        eventually(lambda: idle(client))
+
+
+def in_use(client: api.AsyncClient) -> int:
+    return client.stats().slots_in_use
+
+
+# --- clients that go ---------------------------------------------------------------------------------------------
+
+REQUEST = post(COMPLETIONS, LONG)
+STREAM = post(COMPLETIONS, LONG | {"stream": True})
+
+
+def begun(raw: Raw, client: api.AsyncClient) -> None:
+    raw.send(REQUEST)
+    eventually(lambda: client.stats().running > 0)
+
+
+def streaming(raw: Raw, client: api.AsyncClient) -> None:
+    raw.send(STREAM).read_until(b"data: ")
+
+
+def far_into_it(raw: Raw, client: api.AsyncClient) -> None:
+    streaming(raw, client)
+    for _ in range(5):
+        raw.read_until(b"data: ")
+
+
+def pipelined(raw: Raw, client: api.AsyncClient) -> None:
+    raw.send(STREAM + STREAM).read_until(b"data: ")
+
+
+STAGES: dict[str, Callable[[Raw, api.AsyncClient], object]] = {
+    "connected": lambda raw, client: None,
+    "in the first line": lambda raw, client: raw.send(b"POST /v1/com"),
+    "in the head": lambda raw, client: raw.send(REQUEST[:60]),
+    "before the body": lambda raw, client: raw.send(REQUEST.partition(b"{")[0]),
+    "in the body": lambda raw, client: raw.send(REQUEST[:-5]),
+    "just sent": lambda raw, client: raw.send(REQUEST),
+    "just sent, to be streamed": lambda raw, client: raw.send(STREAM),
+    "running": begun,
+    "first event": streaming,
+    "far into it": far_into_it,
+    "two requests at once": pipelined,
+    "n choices": lambda raw, client: raw.send(post(COMPLETIONS, LONG | {"stream": True, "n": 4})).read_until(b"data: "),
+}
+
+
+def fin(raw: Raw) -> None:
+    raw.close()
+
+
+def half(raw: Raw) -> None:
+    raw.socket.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("leave", [fin, half, Raw.reset], ids=lambda leave: leave.__name__)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_client_that_goes_is_noticed(
+    client: api.AsyncClient, served: Serving, slow: Script, stage: str, leave: Callable[[Raw], None]
+) -> None:
+    with Raw(served.port) as raw:
+        STAGES[stage](raw, client)
+        leave(raw)
+        took = eventually(lambda: served.server.active == 0 and idle(client))
+    assert took < 0.25 + 0.1  # the second figure for a busy machine
+
+
+def test_many_that_go_leave_nothing(client: api.AsyncClient, served: Serving, slow: Script) -> None:
+    """Disconnects at all stages, all ways, several at a time, beside a client that stays."""
+    rng, count = random.Random(7), 1000 if LONG_FORM else 120
+    eventually(lambda: not served.http.server_state.connections)
+    before = resources()
+
+    def leave(_: int) -> None:
+        stage, way = rng.choice(list(STAGES)), rng.choice([fin, half, Raw.reset])
+        with Raw(served.port) as raw:
+            try:
+                STAGES[stage](raw, client)
+            except (EOFError, AssertionError):
+                return  # refused: no slot
+            time.sleep(rng.random() * 0.02)
+            way(raw)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(leave, range(count)))
+    eventually(lambda: served.server.active == 0 and idle(client))
+    eventually(lambda: not served.http.server_state.connections)
+    assert resources() == before
+
+
+def resources() -> tuple[int, set[str]]:
+    """Open files, and threads."""
+    return len(os.listdir("/proc/self/fd")), {thread.name for thread in threading.enumerate()} - workers()
+
+
+def workers() -> set[str]:
+    """Threads that pools keep for later."""
+    return {thread.name for thread in threading.enumerate() if "ThreadPool" in thread.name or "asyncio_" in thread.name}
+
+
+def test_a_reader_that_does_not_read_is_cut_off(client: api.AsyncClient, served: Serving) -> None:
+    """Five of them, far more text than the sockets hold, and a good client beside them."""
+    body = LONG | {"stream": True, "n": 8, "logprobs": 5, "return_token_ids": True, "max_tokens": 230}
+    stuck = []
+    with scripted(client, lambda index, prompt: [300] * 230):
+        for _ in range(SLOTS - 1):
+            raw = Raw(served.port)
+            raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            stuck.append(raw.send(post(COMPLETIONS, body)))
+        for _ in range(5):
+            assert ask(served.port, post(COMPLETIONS, SHORT)).status == 200
+        eventually(lambda: served.server.active == 0 and idle(client))
+        eventually(lambda: not served.http.server_state.connections)
+    for raw in stuck:
+        raw.close()
+
+
+# --- slots -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("slow")
+def test_one_more_than_the_slots_is_refused(client: api.AsyncClient, served: Serving) -> None:
+    streams = [Raw(served.port).send(STREAM) for _ in range(SLOTS)]
+    eventually(lambda: in_use(client) == SLOTS)
+    for path, body in ((COMPLETIONS, SHORT), (CHAT, {"model": "tiny", "messages": MESSAGES, "stream": True})):
+        answer = ask(served.port, post(path, body))
+        assert (answer.status, answer.code) == (429, "rate_limit_exceeded")
+        assert answer.json["error"]["type"] == "requests"
+        check_retry(answer)
+        assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+        assert answer.headers["x-ratelimit-reset-requests"] != "0s"
+    assert ask(served.port, post(COMPLETIONS, SHORT | {"n": 0})).status == 400  # fields come before the slot
+    assert ask(served.port, get("/v1/models")).status == 200
+    assert ask(served.port, post("/tokenize", {"prompt": "a"})).status == 200
+    for raw in streams:
+        raw.close()
+
+
+def check_retry(answer: Answer) -> None:
+    seconds, ms = int(answer.headers["retry-after"]), int(answer.headers["retry-after-ms"])
+    assert 1 <= seconds <= 60
+    assert 0 < ms <= 1000 * seconds
+
+
+@pytest.mark.usefixtures("slow")
+def test_slots_of_a_key(client: api.AsyncClient) -> None:
+    with serving(client, keys=["one", "two"], slots_per_key=2, limits=LIMITS) as running:
+
+        def headers(key: str) -> dict[str, str]:
+            return {"Authorization": f"Bearer {key}"}
+
+        streams = [Raw(running.port).send(post(COMPLETIONS, LONG | {"stream": True}, headers("one"))) for _ in range(2)]
+        eventually(lambda: in_use(client) == 2)
+        refused = ask(running.port, post(COMPLETIONS, SHORT, headers("one")))
+        assert (refused.status, refused.headers["x-ratelimit-limit-requests"]) == (429, "2")
+        assert ask(running.port, post(COMPLETIONS, SHORT, headers("two"))).status == 200
+        text = ask(running.port, get("/metrics", headers("one"))).body
+        assert b'llama_admission_rejections_total{reason="key"} 1.0' in text
+        for raw in streams:
+            raw.close()
+        eventually(lambda: running.server.active == 0)
+
+
+def test_a_thousand_sockets_on_a_few_slots(client: api.AsyncClient, served: Serving) -> None:
+    """Never more in flight than slots; every request answered, refusals at once and with a time to come back."""
+    count, seen, took = 1000 if LONG_FORM else 300, [], []
+
+    async def one(start: asyncio.Event) -> Answer:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        await start.wait()
+        began = time.monotonic()
+        writer.write(post(COMPLETIONS, LONG | {"max_tokens": 100}, {"Connection": "close"}))
+        data = await reader.read(-1)
+        writer.close()
+        top, _, body = data.partition(b"\r\n\r\n")
+        lines = top.decode().split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+        answer = Answer(int(lines[0].split()[1]), headers, body)
+        if answer.status == 429:
+            took.append(time.monotonic() - began)
+        return answer
+
+    async def all_of_them() -> list[Answer]:
+        start = asyncio.Event()
+        tasks = [asyncio.create_task(one(start)) for _ in range(count)]
+        await asyncio.sleep(0.5)
+        start.set()
+        return await asyncio.gather(*tasks)
+
+    with scripted(client, lambda index, prompt: [300] * 230) as script:
+        script.gate = lambda: (seen.append(in_use(client)), time.sleep(0.01))
+        answers = asyncio.run(all_of_them())
+    statuses = Counter(answer.status for answer in answers)
+    assert set(statuses) == {200, 429}
+    assert statuses[200] >= SLOTS
+    assert max(seen) <= SLOTS
+    for answer in answers:
+        if answer.status == 429:
+            check_retry(answer)
+        else:
+            assert answer.json["usage"]["completion_tokens"] == 100
+    p50, p99 = (sorted(took)[int(len(took) * share)] * 1000 for share in (0.5, 0.99))
+    print(f"refusals of {count} at once: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
+
+
+def test_twice_as_many_stock_clients_as_slots_all_finish(client: api.AsyncClient, served: Serving) -> None:
+    """They retry twice, when they are told to."""
+
+    async def one(remote: openai.AsyncOpenAI) -> str:
+        answer = await remote.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=40, extra_body={"ignore_eos": True}
+        )
+        return str(answer.choices[0].finish_reason)
+
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="x") as remote:
+            return await asyncio.gather(*[one(remote) for _ in range(2 * SLOTS)])
+
+    with scripted(client, lambda index, prompt: [300] * 230) as script:
+        script.gate = lambda: time.sleep(0.01)
+        reasons = asyncio.run(all_of_them())
+    assert reasons == ["length"] * (2 * SLOTS)
+
+
+# --- what fails half way -----------------------------------------------------------------------------------------
+
+
+class Failing(Script):
+    """Yields so many tokens, then raises."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__(lambda index, prompt: [300] * 230)
+        self.after = after
+
+    def run(self, plan: Any) -> Any:
+        if any(seq.n_generated >= self.after for seq in plan.seqs):
+            raise RuntimeError("planted")
+        return super().run(plan)
+
+
+@contextmanager
+def failing(client: api.AsyncClient, after: int) -> Iterator[None]:
+    loop = client._models.find().engine._loop
+    runner, loop.runner = loop.runner, Failing(after)
+    try:
+        yield
+    finally:
+        loop.runner = runner
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("after", [0, 1, 7])
+def test_a_step_that_fails(client: api.AsyncClient, served: Serving, stream: bool, after: int) -> None:
+    """Before the first token: a status. Later: one event with the error, and no [DONE]."""
+    with failing(client, after):
+        answer = ask(served.port, post(COMPLETIONS, LONG | {"stream": stream}))
+    if stream and after:
+        assert answer.status == 200
+        *events, last = answer.events
+        assert last["error"]["code"] == "internal_error"
+        assert "".join(event["choices"][0]["text"] for event in events)
+        assert not any("error" in event for event in events)
+    else:
+        assert (answer.status, answer.code) == (500, "internal_error")
+        assert answer.headers["x-should-retry"] == "false"
+    assert "planted" not in answer.body.decode()
+
+
+def test_openai_raises_what_came_after_the_status(client: api.AsyncClient, served: Serving) -> None:
+    with (
+        failing(client, after=4),
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="x") as remote,
+        remote.completions.create(model="tiny", prompt=PROMPT, max_tokens=50, stream=True) as stream,
+        pytest.raises(openai.APIError, match="failed while it ran"),
+    ):
+        list(stream)
+
+
+@pytest.mark.usefixtures("slow")
+def test_the_deadline_of_a_request(client: api.AsyncClient) -> None:
+    with serving(client, limits=EdgeLimits(request=0.3)) as running:
+        answer = ask(running.port, post(COMPLETIONS, LONG))
+        assert (answer.status, answer.code) == (504, "deadline_exceeded")
+        assert answer.headers["x-should-retry"] == "false"
+        events = ask(running.port, post(COMPLETIONS, LONG | {"stream": True})).events
+        assert events[-1]["error"]["code"] == "deadline_exceeded"
+
+
+def test_a_request_that_waits_too_long_for_its_turn(client: api.AsyncClient, served: Serving, slow: Script) -> None:
+    slow.gate = lambda: time.sleep(1.0)
+    started = time.monotonic()
+    answer = ask(served.port, post(COMPLETIONS, LONG))
+    assert (answer.status, answer.code) == (503, "queue_timeout")
+    assert "retry-after" in answer.headers
+    assert time.monotonic() - started < 0.9
+    slow.gate = None
+
+
+def test_pauses_are_filled_with_comments(client: api.AsyncClient, served: Serving, slow: Script) -> None:
+    slow.gate = lambda: time.sleep(0.5 if slow.n_steps == 3 else 0.0)
+    answer = ask(served.port, post(COMPLETIONS, LONG | {"stream": True, "max_tokens": 6}))
+    assert b"\n\n: still here\n\ndata: " in answer.body
+    assert answer.events[-1] == "[DONE]"
+
+
+def test_health_says_when_steps_have_stopped(client: api.AsyncClient, served: Serving, slow: Script) -> None:
+    go_on = threading.Event()
+    slow.gate = go_on.wait
+    with Raw(served.port) as raw:
+        raw.send(STREAM)
+        took = eventually(lambda: ask(served.port, get("/health")).status == 503)
+        assert 1.5 < took < 3.0
+        assert ask(served.port, get("/ready")).status == 503
+    slow.gate = None
+    go_on.set()
+    eventually(lambda: ask(served.port, get("/health")).status == 200)
+
+
+# --- the end -----------------------------------------------------------------------------------------------------
+
+
+def ending(folder: Path, **limits: float) -> Any:
+    return serving(api.AsyncClient(folder, block_size=16), limits=EdgeLimits(**limits))
+
+
+def test_an_engine_that_dies_ends_the_server(folder: Path) -> None:
+    with ending(folder) as running:
+        client = running.server.client
+        with scripted(client, lambda index, prompt: [300] * 230) as script:
+
+            def lose() -> None:
+                raise RuntimeError("CUDA error: planted")
+
+            script.gate = lambda: time.sleep(0.01)
+            with Raw(running.port) as raw:
+                raw.send(STREAM).read_until(b"data: ")
+                script.gate = lose
+                text = raw.read_until(b"\r\n0\r\n\r\n")
+        assert b'"engine_failed"' in text
+        running.thread.join(timeout=5)
+        assert not running.thread.is_alive()
+    assert running.http.exit_code == Exit.ENGINE_FAILED
+
+
+def test_the_first_signal_lets_running_requests_finish(folder: Path) -> None:
+    with ending(folder) as running:
+        with scripted(running.server.client, lambda index, prompt: [300] * 230) as script:
+            script.gate = lambda: time.sleep(0.01)
+            with Raw(running.port) as raw, Raw(running.port) as other:
+                raw.send(STREAM).read_until(b"data: ")
+                running.http.stop()
+                eventually(lambda: running.server.draining)
+                assert other.send(post(COMPLETIONS, SHORT)).answer().code == "shutting_down"
+                ready = ask(running.port, get("/ready"))
+                assert (ready.status, ready.code) == (503, "shutting_down")
+                assert ask(running.port, get("/health")).status == 200
+                assert b"[DONE]" in raw.read_until(b"\r\n0\r\n\r\n")
+            running.thread.join(timeout=5)
+        assert not running.thread.is_alive()
+    assert running.http.exit_code == Exit.DONE
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_what_does_not_finish_is_cut_off_with_an_error(folder: Path, signals: int) -> None:
+    with ending(folder, drain=0.3 if signals == 1 else 30.0) as running:
+        with scripted(running.server.client, lambda index, prompt: [300] * 230) as script:
+            script.gate = lambda: time.sleep(0.05)
+            with Raw(running.port) as raw, Raw(running.port) as whole:
+                whole.send(REQUEST)
+                raw.send(STREAM).read_until(b"data: ")
+                for _ in range(signals):
+                    running.http.stop()
+                text = raw.read_until(b"\r\n0\r\n\r\n")
+                assert b'"shutting_down"' in text
+                assert b"[DONE]" not in text
+                assert whole.answer().code == "shutting_down"
+            running.thread.join(timeout=5)
+        assert not running.thread.is_alive()
+    assert running.http.exit_code == Exit.ABORTED
+
+
+# --- soak --------------------------------------------------------------------------------------------------------
+
+
+def test_soak(client: api.AsyncClient, served: Serving) -> None:
+    """Half streamed, a tenth given up, a twentieth bad: every request has one end, and nothing grows."""
+    rng, count = random.Random(11), 20_000 if LONG_FORM else 400
+    ends: Counter[str] = Counter()
+    eventually(lambda: not served.http.server_state.connections)
+    before = resources()
+    memory: list[int] = []
+
+    def one(number: int) -> None:
+        stream, dice = rng.random() < 0.5, rng.random()
+        body = SHORT | {"stream": stream, "max_tokens": rng.randint(1, 12), "seed": number}
+        if dice < 0.05:
+            body["temperature"] = "hot"
+        with Raw(served.port) as raw:
+            raw.send(post(COMPLETIONS, body))
+            if 0.05 <= dice < 0.15:
+                time.sleep(rng.random() * 0.01)
+                ends["given up"] += 1
+                return
+            answer = raw.answer()
+        ends[str(answer.status)] += 1
+        if answer.status == 200 and stream:
+            assert answer.events[-1] == "[DONE]"
+        elif answer.status == 200:
+            assert answer.json["choices"][0]["finish_reason"] in ("stop", "length")
+        else:
+            assert answer.status == (400 if dice < 0.05 else 429)
+        if number % 100 == 99:
+            memory.append(resident())
+
+    with ThreadPoolExecutor(SLOTS) as pool:
+        list(pool.map(one, range(count)))
+    eventually(lambda: served.server.active == 0 and idle(client))
+    eventually(lambda: not served.http.server_state.connections)
+    assert sum(ends.values()) == count
+    assert resources() == before
+    assert memory[-1] - memory[0] < 16 << 20
+    print(dict(ends), [m >> 20 for m in memory])
+
+
+def resident() -> int:
+    """Bytes of memory in use."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
