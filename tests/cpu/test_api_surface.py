@@ -65,13 +65,20 @@ def test_import_is_quick_and_loads_no_torch() -> None:
 
 def test_no_global_state_but_the_default_client() -> None:
     modules = [module for name, module in sys.modules.items() if name == "api" or name.startswith("api.")]
+    constants = {
+        "api.arguments.TABLE",
+        "api.edge.ENDPOINTS",
+        "api.edge.OPEN",
+        "api.generate.EVENT_STREAM",
+        "api.server.PAGE_HEADERS",
+    }
     mutable = {
         f"{module.__name__}.{name}"
         for module in modules
         for name, value in vars(module).items()
         if isinstance(value, (list, dict, set)) and not name.startswith("__")
     }
-    assert mutable == {"api.arguments.TABLE"}, "constants apart"
+    assert mutable <= constants
     rebound = [module.__name__ for module in modules if "    global " in inspect.getsource(module)]
     assert rebound == ["api.legacy"]
 
