@@ -17,6 +17,9 @@ from torch import Tensor
 import kernels
 from llama.sequence import Sequence, TokenLogprobs
 
+# Dividing by less would overflow fp32, and a request must not fail on a value that it may have.
+MIN_PENALTY = 1e-6
+
 
 @dataclass(frozen=True, slots=True)
 class RowParams:
@@ -108,7 +111,7 @@ def _penalties(seq: Sequence) -> list[tuple[int, float, float, float]]:
         (
             token,
             -math.inf if token in banned else p.logit_bias.get(token, 0.0),
-            p.repetition_penalty if token in repeated else 1.0,
+            max(p.repetition_penalty, MIN_PENALTY) if token in repeated else 1.0,
             p.presence_penalty + p.frequency_penalty * counts[token] if token in counts else 0.0,
         )
         for token in {*p.logit_bias, *counts, *repeated, *banned}

@@ -120,6 +120,12 @@ def test_generated_bodies(served: Serving, canary: Any, endpoint: str) -> None:
     check_canary(served, canary)
 
 
+@pytest.mark.parametrize("extreme", [1e-320, 1e-45, 1e-38, 1e-7])
+def test_found_by_chance_a_penalty_that_overflowed(served: Serving, extreme: float) -> None:
+    body = {"model": "tiny", "prompt": PROMPT, "repetition_penalty": extreme, "max_tokens": 3}
+    assert ask(served.port, post(COMPLETIONS, body)).status == 200
+
+
 # --- bytes -------------------------------------------------------------------------------------------------------
 
 SEEDS = [
