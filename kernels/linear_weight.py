@@ -36,10 +36,6 @@ class LinearWeight:
     blocked: bool
     arrivals: Tensor | None = None
 
-    @property
-    def nbytes(self) -> int:
-        return self.n * self.k * self.data.dtype.itemsize
-
 
 def pack_weight(weight: Tensor) -> LinearWeight:
     """Lay out weight [n, k] (fp32, bf16 or fp16) for `linear` on its own device. The caller drops its own reference."""

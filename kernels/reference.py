@@ -1,7 +1,8 @@
 """Every operation in plain torch: the oracle of the kernel tests and the CPU path of the engine.
 
-Same signatures as the Triton kernels. With `batch_invariant=True` the bits of a row depend on that row alone, on any
-number of threads. torch does not give that for free; three things move bits and are avoided here:
+Same signatures as the Triton kernels. With `batch_invariant=True` the bits of a row depend on that row alone, for a
+given number of threads (with another one, a narrow and long matrix may sum in another order). torch does not give that
+for free; three things move bits and are avoided here:
 - `x @ w.T` rounds a row differently for 1, 2, 3, 5, 7 or 9 rows: rows go through in tiles of exactly 16;
 - `silu`, `sigmoid` and `exp2` use another formula for the last elements of a buffer than for the rest (the vector
   tail), `exp` does not: everything is written with `exp`;

@@ -233,7 +233,7 @@ class EngineConfig:
     batch_invariant: same bits alone and in any batch; None = on for CUDA, off for the CPU, where it costs a third or
     more of batch-1 speed. cuda_graphs: replay decode steps as CUDA graphs; nothing on the CPU.
     threads: CPU threads of one operation; None = torch's own number, or one in steps so small that threads would spend
-    longer meeting than working.
+    longer meeting than working. torch takes the number last set for the default of threads that are started later.
     """
 
     device: str = "auto"
@@ -261,7 +261,7 @@ class EngineConfig:
                 raise ConfigError(name, value, "must be a whole number of at least 1, or None")
         if self.dtype not in ("auto", *DTYPES):
             raise ConfigError("dtype", self.dtype, f"must be 'auto' or one of {', '.join(DTYPES)}")
-        for name in ("prefix_cache", "batch_invariant"):
+        for name in ("prefix_cache", "batch_invariant", "cuda_graphs"):
             value = getattr(self, name)
             if type(value) is not bool and not (value is None and name == "batch_invariant"):
                 raise ConfigError(name, value, "must be True or False")

@@ -91,11 +91,17 @@ class Engine:
         build = partial(build_runner, self.setup, progress)
         started: SimpleQueue[EngineLoop | BaseException] = SimpleQueue()
         self._thread = threading.Thread(
-            target=_thread_main, args=(build, self._scheduler, self._inbox, self.slots, started), name="llama-engine"
+            target=_thread_main,
+            args=(build, self.setup.device, self._scheduler, self._inbox, self.slots, started),
+            name="llama-engine",
         )
         self._thread.daemon = True
         self._thread.start()
-        loop = started.get()
+        try:
+            loop = started.get()
+        except BaseException:  # an interrupt while it loads: the thread ends by itself when it has
+            self._inbox.put(partial(_stop_unclaimed, started))
+            raise
         # torch takes the engine thread's number of threads for the default of new threads; put this thread's back.
         torch.set_num_threads(torch.get_num_threads())
         if isinstance(loop, BaseException):
@@ -143,16 +149,21 @@ class Engine:
                 raise InvalidRequest("stop", list(params.stop), "this model has no tokenizer; use stop_token_ids")
             if seat is None:
                 seat = self.slots.acquire(wait)
-        except BaseException:
+        except BaseException as error:
             if seat is not None:
                 seat.release()
+            if isinstance(error, EngineClosed):
+                self._check_alive()  # raises the error that ended the engine, if it was one
             raise
         mailbox = Mailbox(len(request.prompts) * request.n, seat, self._abort)
         mailbox.stats.steps = [] if request.trace else None
+        stream = Stream(
+            mailbox
+        )  # before anything is queued: whatever interrupts us now, dropping it aborts the request
         self._inbox.put(partial(self._loop.add, mailbox, self._sequences(request)))
         if self._loop.closing:
             self._check_alive(mailbox)
-        return Stream(mailbox)
+        return stream
 
     def generate(
         self,
@@ -284,6 +295,7 @@ class Engine:
 
 def _thread_main(
     build: Callable[[], Runner],
+    device: torch.device,
     scheduler: Scheduler,
     inbox: SimpleQueue[Callable[[], None]],
     slots: Slots,
@@ -291,6 +303,8 @@ def _thread_main(
 ) -> None:
     """The engine thread: it loads the weights itself, so that it owns every tensor from the first."""
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches on the thread's current device
         loop = EngineLoop(scheduler, build(), inbox)
     except BaseException as error:
         started.put(error)
@@ -302,6 +316,13 @@ def _thread_main(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _stop_unclaimed(started: SimpleQueue[EngineLoop | BaseException]) -> None:
+    """In the engine thread, when nobody waited for the loop to start."""
+    loop = started.get_nowait()
+    if isinstance(loop, EngineLoop):
+        loop.stop()
 
 
 def _close(slots: Slots, inbox: SimpleQueue[Callable[[], None]], loop: EngineLoop, thread: threading.Thread) -> None:

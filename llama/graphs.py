@@ -27,7 +27,7 @@ Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 
 class DecodeGraphs:
-    """Graphs for up to `max_size` sequences, each captured when it is first needed, or by `capture_all`."""
+    """Graphs for up to `max_size` sequences (at most 256), each captured when first needed, or by `capture_all`."""
 
     def __init__(
         self,
@@ -39,7 +39,8 @@ class DecodeGraphs:
         capture: Capture,
     ) -> None:
         self.model, self.cache, self.device, self.max_seq_len = model, cache, device, max_seq_len
-        self.sizes = [size for size in SIZES if size <= max_size] or [1]
+        largest = min(max_size, SIZES[-1])
+        self.sizes = [size for size in SIZES if size < largest] + [largest]
         self._capture = capture
         self._graphs: dict[int, DecodeGraph] = {}
 
@@ -130,7 +131,7 @@ def capture_cuda() -> Capture:
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             logits = step()
 
         def replay() -> Tensor:

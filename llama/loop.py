@@ -22,6 +22,9 @@ from llama.stream import Delta, Mailbox, StepTrace
 
 log = logging.getLogger("llama")
 
+# How torch and Triton begin the message of an error after which the device computes nothing any more.
+LOST_DEVICE = ("CUDA error", "Triton Error [CUDA]")
+
 
 class StepRunner(Protocol):
     """What the loop needs of a `Runner`; tests and the overhead bench put a fake one in its place."""
@@ -59,7 +62,9 @@ class EngineLoop:
                 self.step()
         except BaseException as error:
             log.exception("the engine thread stopped")
-            self.error = error
+            # Without its frames, which would keep the weights and the cache alive.
+            self.error = error.with_traceback(None)
+            error.__context__ = error.__cause__ = None
         reason = (
             EngineDead(f"the engine stopped: {self.error!r}") if self.error else EngineClosed("the engine was closed")
         )
@@ -148,7 +153,7 @@ class EngineLoop:
         try:
             return self.runner.run(plan)
         except Exception as error:
-            if "CUDA error" in str(error):
+            if any(sign in str(error) for sign in LOST_DEVICE):
                 raise  # the context is lost; nothing can be computed any more
             if len(plan.seqs) == 1:
                 log.exception("a request failed")

@@ -52,6 +52,8 @@ def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
     device = _device(config.device)
     dtype = _dtype(config.dtype, shape.dtype, device)
     max_seq_len = min(config.max_seq_len or shape.max_seq_len, shape.max_seq_len)
+    # Not the number of threads either may change the bits of a row, so it stays the same then.
+    invariant = device.type == "cuda" if config.batch_invariant is None else config.batch_invariant
     memory_plan = plan_memory(shape, config, max_seq_len, dtype.itemsize, device)
     return Setup(
         config=config,
@@ -60,11 +62,11 @@ def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
         tokenizer=_tokenizer(folder, shape),
         device=device,
         dtype=dtype,
-        batch_invariant=device.type == "cuda" if config.batch_invariant is None else config.batch_invariant,
+        batch_invariant=invariant,
         max_seq_len=max_seq_len,
         memory_plan=memory_plan,
         threads=config.threads or torch.get_num_threads(),
-        one_thread_rows=_ONE_THREAD_BYTES // memory_plan.weights if config.threads is None else 0,
+        one_thread_rows=0 if invariant or config.threads else _ONE_THREAD_BYTES // memory_plan.weights,
     )
 
 
