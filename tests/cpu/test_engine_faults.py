@@ -11,10 +11,12 @@ import math
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -484,7 +486,13 @@ def test_a_request_that_comes_in_behind_the_close() -> None:
     assert engine.slots.in_use == 0
 
 
-@pytest.mark.parametrize("where", ["step", "lost device"])
+LOST = {
+    "torch": "CUDA error: an illegal memory access was encountered",
+    "triton": "Triton Error [CUDA]: an illegal memory access was encountered",
+}
+
+
+@pytest.mark.parametrize("where", ["step", *LOST])
 def test_an_error_of_the_engine_itself_reaches_every_stream(where: str) -> None:
     engine = Engine(TINY, EngineConfig(block_size=8, kv_memory=1 << 20), progress=False)
 
@@ -496,15 +504,15 @@ def test_an_error_of_the_engine_itself_reaches_every_stream(where: str) -> None:
             raise RuntimeError("broken scheduler")
 
     def lost(plan: Plan) -> None:
-        if where == "lost device" and any(seq.n_generated == 3 for seq in plan.seqs):
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if where in LOST and any(seq.n_generated == 3 for seq in plan.seqs):
+            raise RuntimeError(LOST[where])
 
     engine._loop.on_step = boom
     engine._loop.runner = Faulty(engine._loop.runner, lost)
     streams = [engine.submit(Request([[1, i]], SamplingParams(max_tokens=50, ignore_eos=True))) for i in range(5)]
     all_are_there.set()
     for stream in streams:
-        with pytest.raises(EngineDead, match="broken scheduler" if where == "step" else "CUDA error"):
+        with pytest.raises(EngineDead, match="broken scheduler" if where == "step" else "illegal memory"):
             list(stream)
     engine._thread.join(10)
     assert not engine._thread.is_alive()
@@ -512,6 +520,39 @@ def test_an_error_of_the_engine_itself_reaches_every_stream(where: str) -> None:
         engine.submit(Request([[1]], SamplingParams()))
     assert engine.slots.in_use == 0
     engine.close()
+
+
+def test_an_engine_that_died_lets_go_of_its_weights() -> None:
+    engine = Engine(TINY, EngineConfig(block_size=8, kv_memory=1 << 20), progress=False)
+    model = weakref.ref(engine._loop.runner.model)  # type: ignore[attr-defined]
+
+    def boom(loop: EngineLoop) -> None:
+        raise RuntimeError("broken scheduler")
+
+    engine._loop.on_step = boom
+    with pytest.raises(EngineDead):
+        list(engine.submit(Request([[1]], SamplingParams())))
+    engine.close()
+    gc.collect()
+    assert model() is None
+
+
+def test_an_interrupt_while_loading_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a notebook: the loading thread must not wait for ever, with the weights, for nobody."""
+    before = set(threading.enumerate())
+
+    class Interrupted(SimpleQueue):
+        def get(self, *args: object, **options: object) -> object:
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            return super().get(*args, **options)
+
+    monkeypatch.setattr("llama.engine.SimpleQueue", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Engine(TINY, EngineConfig(block_size=8, kv_memory=1 << 20), progress=False)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_a_block_that_leaked_is_noticed() -> None:
