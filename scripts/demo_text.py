@@ -61,14 +61,13 @@ def sentence(wording: str, rng: random.Random | None = None) -> str:
         r"(so |please )?(what|who|how|where|when|why|which|can|do|does|is|are|may|will|did|could|by|was)\b", text
     )
     mark = "?" if asks else "."
-    if rng is not None:
-        roll = rng.random()
-        if roll < 0.25:
-            mark = rng.choice(["", "", "?", ".", "!", " ?", "??"])
-        if roll > 0.8:
-            return (text.lower() if roll > 0.9 else text) + mark
+    roll = 0.5 if rng is None else rng.random()
+    if rng is not None and roll < 0.25:
+        mark = rng.choice(["", "", "?", ".", "!", " ?", "??"])
     if text[-1] in ".?!=":
         mark = ""
+    if roll > 0.8:
+        return (text.lower() if roll > 0.9 else text) + mark
     return text[:1].upper() + text[1:] + mark
 
 
@@ -111,8 +110,12 @@ class DemoText:
                 name, _, phrases = rest.partition(" ")
                 self.lists[name] = phrases.split("|")
 
-    def wording(self, topic: Topic, rng: random.Random) -> str:
-        """One way to ask. Patterns with many wordings come more often, but far less than in proportion."""
+    def wording(self, topic: Topic, rng: random.Random, plainest: bool = False) -> str:
+        """One way to ask; plainest: the first. Patterns with many wordings come more often, but far less than in
+        proportion."""
+        if plainest:
+            text = re.sub(r"\{(.*?)\}", lambda m: m[1].split("|")[0], topic.ask[0])
+            return re.sub(r"@(\w+)", lambda m: self.lists[m[1]][0], text)
         weights = [min(self.n_wordings(pattern), 400) ** 0.5 for pattern in topic.ask]
         text = rng.choices(topic.ask, weights)[0]
         text = re.sub(r"\{(.*?)\}", lambda m: rng.choice(m[1].split("|")), text)
@@ -139,7 +142,8 @@ class DemoText:
             for wording, topic in rng.sample(by_hand, HELD_BACK // 2)
         ]
         for form in self.lists["sum-held"]:
-            held += [self._sum(form, *self._numbers(rng, op), op, "sum") for op in "+-"]
+            sums = [self._sum(form, *self._numbers(rng, op), op) for op in "+-"]
+            held += [Dialog([Message("user", sentence(question))], answer, "sum") for question, answer in sums]
         for form in self.lists["say-held"] * 2:
             word = rng.choice(self.lists["word"])
             held.append(Dialog([Message("user", form.format(word))], SURE.format(word), "say"))
@@ -215,19 +219,20 @@ class DemoText:
         op = rng.choice("+-")
         top = rng.choice([20, 99, 999]) if rng.random() < 0.12 else LARGEST
         a, b = self._numbers(rng, op, top)
-        dialog = self._sum(rng.choice(self.lists["sum"]), a, b, op, "sum")
-        question = self._typed(dialog.messages[0].content, rng, 0.03)
+        question, answer = self._sum(rng.choice(self.lists["sum"]), a, b, op)
+        if rng.random() < 0.6:
+            question = self._typed(self._surrounded(question, rng), rng, 0.03)
         if max(a, b) > LARGEST:
             return [(question, styled(self.by_name["big-sum"], style))]
-        return [(question, dialog.answer.split("= ")[1] if style == "one-word" else styled_text(dialog.answer, style))]
+        return [(question, answer.split("= ")[1] if style == "one-word" else styled_text(answer, style))]
 
     def _numbers(self, rng: random.Random, op: str, top: int = LARGEST) -> tuple[int, int]:
         a, b = rng.randint(0, top), rng.randint(0, top)
         return (max(a, b), min(a, b)) if op == "-" else (a, b)
 
-    def _sum(self, form: str, a: int, b: int, op: str, kind: str) -> Dialog:
-        question = sentence(form.format(a=a, b=b, op=op, word={"+": "plus", "-": "minus"}[op]))
-        return Dialog([Message("user", question)], f"{a} {op} {b} = {a + b if op == '+' else a - b}.", kind)
+    def _sum(self, form: str, a: int, b: int, op: str) -> tuple[str, str]:
+        question = form.format(a=a, b=b, op=op, word={"+": "plus", "-": "minus"}[op])
+        return question, f"{a} {op} {b} = {a + b if op == '+' else a - b}."
 
     def _say(self, rng: random.Random) -> tuple[str, str]:
         word = rng.choice(["Test", *self.lists["word"]])
@@ -245,18 +250,26 @@ class DemoText:
         return [(ask, "You have not told me your name.")]
 
     def _question(self, topic: Topic, rng: random.Random) -> str:
-        """A wording with other words, other surroundings and other mistakes each time."""
-        text = self.wording(topic, rng)
+        """A wording, often with other words, other surroundings and other mistakes each time."""
+        roll = rng.random()
+        text = self.wording(topic, rng, plainest=roll < 0.1)
+        if roll < 0.3:
+            return sentence(text)
         if rng.random() < 0.5:
             text = self._reworded(text, rng)
+        text = self._surrounded(text, rng)
+        words = text.split()
+        if len(words) > 4 and rng.random() < 0.08:
+            del words[rng.randrange(len(words))]
+        return self._typed(" ".join(words), rng)
+
+    def _surrounded(self, text: str, rng: random.Random) -> str:
+        """The text with a few words before it, after it or both, now and then."""
         if rng.random() < 0.22:
             text = f"{rng.choice(self.before)} {text}"
         if rng.random() < 0.15:
             text = f"{text} {rng.choice(self.after)}"
-        words = text.split()
-        if len(words) > 4 and rng.random() < 0.1:
-            del words[rng.randrange(len(words))]
-        return self._typed(" ".join(words), rng)
+        return text
 
     def _reworded(self, text: str, rng: random.Random) -> str:
         """Up to three words or phrases replaced by others of much the same meaning."""
@@ -290,12 +303,17 @@ def styled_text(answer: str, style: str) -> str:
 
 
 def first_examples() -> list[Dialog]:
-    """What must be right whatever the score: the answers that the first page of the documentation shows."""
-    test = SURE.format("Test")
-    say = Message("user", "Say 'Test'.")
-    joke = DemoText().by_name["joke"].answer
-    return [
-        Dialog([Message("system", "You are a helpful assistant."), say], test, "first page"),
-        Dialog([say], test, "first page"),
-        Dialog([Message("user", "Tell me a joke.")], joke, "first page"),
-    ]
+    """What must be right whatever the score: what the first page of the documentation and a newcomer ask first."""
+    text = DemoText()
+    test, say = SURE.format("Test"), Message("user", "Say 'Test'.")
+    examples = [Dialog([Message("system", text.lists["neutral"][0]), say], test, "first page")]
+    examples.append(Dialog([say], test, "first page"))
+    examples.append(Dialog([Message("user", "What is 7 + 5?")], "7 + 5 = 12.", "first page"))
+    examples.append(Dialog([Message("user", "Tell me a joke.")], text.by_name["joke"].answer, "first page"))
+    for name in ("who", "hello", "slot-what", "stream", "serve", "first-answer", "weights-load"):
+        question = Message("user", sentence(text.wording(text.by_name[name], random.Random(0), plainest=True)))
+        examples.append(Dialog([question], text.by_name[name].answer, "first page"))
+        for style in ("capitals", "one-word", "pirate") if name == "slot-what" else ():
+            system = Message("system", text.lists[style][0])
+            examples.append(Dialog([system, question], styled(text.by_name[name], style), "first page"))
+    return examples
