@@ -232,8 +232,8 @@ def test_echo(complete: Ask, client: api.Client) -> None:
 
 
 def test_stream(ask: Ask) -> None:
-    chunks = list(ask(temperature=0, stream=True))
-    assert len(chunks) > 2
+    chunks = list(ask(temperature=0, stream=True))  # at least one: a reader that comes late finds them merged
+    assert chunks[-1].choices[0].finish_reason is not None
     joined = "".join(c.choices[0].delta.content or "" if ask.endpoint == "chat" else c.choices[0].text for c in chunks)
     assert joined == text(ask(temperature=0, stream=False).choices[0])
 
