@@ -2,7 +2,8 @@
 
 On CUDA it is the row-major [n, k] tensor itself. On x86 CPUs, oneDNN keeps its own blocked copy and the row-major one
 is dropped, so a weight is held in memory once. Measured on two cores with AVX-512 (768 to 32,000 columns): blocked
-bf16 is 1.4-1.8x faster than `F.linear` at 1 to 256 rows; blocked fp32 1.3-2.5x at 8 to 64 rows, as fast at one row.
+bf16 is 1.4-1.8x faster than `F.linear` at 1 to 256 rows; blocked fp32 1.2-2.6x at 8 to 64 rows, but up to a quarter
+slower at one.
 """
 
 from __future__ import annotations

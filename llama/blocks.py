@@ -132,15 +132,6 @@ class BlockPool:
             self._open[block] = 1
             block += 1
 
-    def forget(self) -> None:
-        """Drop every cached prefix."""
-        self._blank.update(dict.fromkeys(self._idle))
-        for block in self._idle:
-            self._open[block] = 1
-        self._idle.clear()
-        self._cached.clear()
-        self._by_key.clear()
-
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Audit the pool against all block tables in use. Raises RuntimeError, naming the block, on the first fault."""
         held = Counter(block for table in tables for block in table)

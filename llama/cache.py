@@ -38,7 +38,8 @@ class KVCache:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the device, decided before anything is allocated; nothing in the step loop grows past it."""
+    """Bytes on the device, decided before anything is allocated; CUDA graphs and attention's partial
+    sums are not counted; they live in the share that the plan leaves free."""
 
     weights: int
     activations: int

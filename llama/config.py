@@ -230,8 +230,8 @@ class EngineConfig:
     max_batch_seqs: sequences in one step. kv_memory: bytes of KV cache; None = what the device has left, or on the
     CPU what the slots can use, at most a quarter of the free memory.
     max_seq_len: a context shorter than the model's own. prefix_cache: keep and find the blocks of equal prompt starts.
-    batch_invariant: same bits alone and in any batch; None = on for CUDA, off for the CPU, where it costs a third or
-    more of batch-1 speed. cuda_graphs: replay decode steps as CUDA graphs; nothing on the CPU.
+    batch_invariant: same bits alone and in any batch; None = on for CUDA, off for the CPU, where it took two
+    thirds of a small model's batch-1 speed. cuda_graphs: replay decode steps as CUDA graphs; nothing on the CPU.
     threads: CPU threads of one operation; None = torch's own number, or one in steps so small that threads would spend
     longer meeting than working. torch takes the number last set for the default of threads that are started later.
     """

@@ -102,8 +102,6 @@ class Engine:
         except BaseException:  # an interrupt while it loads: the thread ends by itself when it has
             self._inbox.put(partial(_stop_unclaimed, started))
             raise
-        # torch takes the engine thread's number of threads for the default of new threads; put this thread's back.
-        torch.set_num_threads(torch.get_num_threads())
         if isinstance(loop, BaseException):
             self._thread.join()
             raise loop

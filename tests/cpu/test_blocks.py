@@ -115,12 +115,6 @@ class PoolMachine(RuleBasedStateMachine):
         with pytest.raises(RuntimeError, match=f"block {block} released without an owner"):
             self.pool.release([block])
 
-    @rule()
-    def forget(self) -> None:
-        self.pool.forget()
-        self.blank |= set(self.idle)
-        self.idle, self.block_at, self.path_of = [], {}, {}
-
     @invariant()
     def audit(self) -> None:
         self.pool.check(owner.table for owner in self.owners)
