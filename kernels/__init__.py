@@ -25,6 +25,7 @@ __all__ = [
     "AttentionPlan",
     "LinearWeight",
     "adjust_logits",
+    "cache_dtype",
     "linear",
     "pack_weight",
     "paged_attention",
@@ -75,6 +76,15 @@ def rope_table(head_dim: int, max_seq_len: int, theta: float, position_scale: fl
     return reference.rope_table(head_dim, max_seq_len, theta, position_scale, device)
 
 
+def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the K/V cache of a model of that dtype holds on that device: on the CPU fp32, whatever the weights are.
+
+    CPUs widen 16-bit numbers before they multiply, and torch does so anew for every step that reads the cache: one
+    query over 500 bf16 keys of 12 heads took 356 us, over fp32 ones 66 us.
+    """
+    return dtype if runs_triton(device) else torch.float32
+
+
 def rope_write(
     qkv: Tensor, cos_sin: Tensor, positions: Tensor, kv_index: Tensor, k_cache: Tensor, v_cache: Tensor, n_heads: int
 ) -> Tensor:
@@ -84,7 +94,7 @@ def rope_write(
     positions: [rows] int64. kv_index: [rows] int64, flat cache row = block * block_size + offset, all different. On
     CUDA, -1 marks a padding row of a captured graph, which writes nothing.
     k_cache, v_cache: [num_blocks, block_size, n_kv_heads, head_dim], written in place.
-    Returns q rotated, [rows, n_heads, head_dim].
+    Returns q rotated, [rows, n_heads, head_dim] of the cache's dtype, which on CUDA is that of qkv.
     """
     if runs_triton(qkv.device):
         return triton_ops.rope_write(qkv, cos_sin, positions, kv_index, k_cache, v_cache, n_heads)

@@ -78,9 +78,10 @@ def rope_write(
     own_first, own_second = wide.unbind(2)
     first.addcmul_(own_second, sin, value=-1)
     second.addcmul_(own_first, sin)
-    q, k = turned.to(qkv.dtype).view(rows, -1, head_dim).split((n_heads, n_kv_heads), dim=1)
+    q, k = turned.to(k_cache.dtype).view(rows, -1, head_dim).split((n_heads, n_kv_heads), dim=1)
+    v = v.reshape(rows, n_kv_heads, head_dim).to(v_cache.dtype)
     k_cache.view(-1, n_kv_heads, head_dim).index_copy_(0, kv_index, k)
-    v_cache.view(-1, n_kv_heads, head_dim).index_copy_(0, kv_index, v.reshape(rows, n_kv_heads, head_dim))
+    v_cache.view(-1, n_kv_heads, head_dim).index_copy_(0, kv_index, v)
     return q
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import kernels
 from llama.config import EngineConfig, ModelConfig
 from llama.errors import ConfigError
 
@@ -66,19 +67,20 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: ModelConfig, engine: EngineConfig, max_seq_len: int, itemsize: int, device: torch.device
+    model: ModelConfig, engine: EngineConfig, max_seq_len: int, dtype: torch.dtype, device: torch.device
 ) -> MemoryPlan:
     """Divide the device's memory. Raises ConfigError when the weights or one full-length sequence cannot fit.
 
-    itemsize: bytes of one weight and of one cached number. max_seq_len: the context that is served.
+    dtype: of the weights. max_seq_len: the context that is served.
     """
     available = available_memory(device)
+    itemsize = dtype.itemsize
     weights = model.n_params * itemsize
     rows = engine.max_batch_tokens
     widest = 4 * model.dim + model.q_dim + 2 * model.kv_dim + 3 * model.ffn_dim
     logit_rows = min(engine.max_batch_seqs, rows)
     activations = rows * widest * itemsize + 4 * logit_rows * model.vocab_size * 4
-    kv_block = 2 * model.n_layers * engine.block_size * model.kv_dim * itemsize
+    kv_block = 2 * model.n_layers * engine.block_size * model.kv_dim * kernels.cache_dtype(dtype, device).itemsize
     least = 1 + -(-max_seq_len // engine.block_size)  # the pad block and one sequence of full length
     left = available - weights - activations
     if engine.kv_memory is not None:

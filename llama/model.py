@@ -104,7 +104,8 @@ class Transformer:
         q = kernels.rope_write(qkv, self.cos_sin, batch.positions, batch.kv_index, k_cache, v_cache, config.n_heads)
         scale = config.head_dim**-0.5
         out = kernels.paged_attention(q, k_cache, v_cache, batch.attention, scale, batch_invariant=self.batch_invariant)
-        return kernels.linear(out.reshape(-1, config.q_dim), block.o_proj, batch_invariant=self.batch_invariant)
+        out = out.reshape(-1, config.q_dim).to(h.dtype)
+        return kernels.linear(out, block.o_proj, batch_invariant=self.batch_invariant)
 
 
 def random_parameters(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+import kernels
 from llama.cache import KVCache, MemoryPlan, plan_memory
 from llama.checkpoint import load_parameters, read_config, tokenizer_file
 from llama.config import EngineConfig, ModelConfig
@@ -54,7 +55,7 @@ def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
     max_seq_len = min(config.max_seq_len or shape.max_seq_len, shape.max_seq_len)
     # Not the number of threads either may change the bits of a row, so it stays the same then.
     invariant = device.type == "cuda" if config.batch_invariant is None else config.batch_invariant
-    memory_plan = plan_memory(shape, config, max_seq_len, dtype.itemsize, device)
+    memory_plan = plan_memory(shape, config, max_seq_len, dtype, device)
     return Setup(
         config=config,
         model_dir=folder,
@@ -79,7 +80,8 @@ def build_runner(setup: Setup, progress: bool) -> Runner:
         parameters = load_parameters(setup.model_dir, config, dtype, device, progress)
     model = Transformer(config, parameters, setup.max_seq_len, setup.batch_invariant)
     plan = setup.memory_plan
-    cache = KVCache.empty(config, plan.num_blocks, plan.block_size, dtype, device)
+    cache_dtype = kernels.cache_dtype(dtype, device)
+    cache = KVCache.empty(config, plan.num_blocks, plan.block_size, cache_dtype, device)
     graphs = None
     if device.type == "cuda" and setup.config.cuda_graphs:
         graphs = DecodeGraphs(model, cache, device, setup.max_seq_len, setup.config.max_batch_seqs, capture_cuda())

@@ -27,16 +27,20 @@ def free_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda n: monkeypatch.setattr(llama.cache, "available_memory", lambda device: n)
 
 
-def plan(model: ModelConfig, max_seq_len: int | None = None, itemsize: int = 2, **options: object) -> MemoryPlan:
+def plan(
+    model: ModelConfig, max_seq_len: int | None = None, dtype: torch.dtype = torch.bfloat16, **options: object
+) -> MemoryPlan:
     config = EngineConfig(**options)  # type: ignore[arg-type]
-    return plan_memory(model, config, max_seq_len or model.max_seq_len, itemsize, CPU)
+    return plan_memory(model, config, max_seq_len or model.max_seq_len, dtype, CPU)
 
 
 def test_the_arithmetic_of_7b(free_memory: Callable[[int], None]) -> None:
     free_memory(64 * GIB)
     made = plan(SEVEN, block_size=64)
     assert made.weights == 2 * 6_738_415_616
-    assert made.kv_block == 64 * 524_288, "half a MiB per token"
+    assert made.kv_block == 64 * 1_048_576, "a MiB per token: the CPU's cache holds fp32"
+    card = plan_memory(SEVEN, EngineConfig(block_size=64), 4096, torch.bfloat16, torch.device("cuda"))
+    assert card.kv_block == 64 * 524_288, "half a MiB per token"
     assert made.kv_cache == made.num_blocks * made.kv_block
     assert made.kv_tokens == (made.num_blocks - 1) * 64
     assert made.kv_tokens >= 4096
@@ -47,7 +51,7 @@ def test_the_arithmetic_of_7b(free_memory: Callable[[int], None]) -> None:
 
 def test_grouped_heads_need_less_cache(free_memory: Callable[[int], None]) -> None:
     free_memory(512 * GIB)
-    assert plan(ModelConfig.named("70B"), block_size=16).kv_block == 16 * 2 * 80 * 1024 * 2
+    assert plan(ModelConfig.named("70B"), block_size=16).kv_block == 16 * 2 * 80 * 1024 * 4
 
 
 @pytest.mark.parametrize("name, gib", [("7B", 10), ("13B", 20), ("70B", 100), ("7B", 14)])
@@ -69,11 +73,11 @@ def test_a_shorter_context_may_fit(free_memory: Callable[[int], None]) -> None:
 
 def test_a_cache_that_holds_no_whole_sequence_is_refused(free_memory: Callable[[int], None]) -> None:
     free_memory(1 * GIB)
-    block = plan(TINY, itemsize=4, block_size=16).kv_block
+    block = plan(TINY, dtype=torch.float32, block_size=16).kv_block
     needed = 5 * block  # four blocks of 16 for 64 tokens, and the pad block
-    assert plan(TINY, itemsize=4, block_size=16, kv_memory=needed).num_blocks == 5
+    assert plan(TINY, dtype=torch.float32, block_size=16, kv_memory=needed).num_blocks == 5
     with pytest.raises(ConfigError, match=f"one sequence of 64 tokens needs {needed} bytes") as caught:
-        plan(TINY, itemsize=4, block_size=16, kv_memory=needed - 1)
+        plan(TINY, dtype=torch.float32, block_size=16, kv_memory=needed - 1)
     assert (caught.value.field, caught.value.value) == ("kv_memory", needed - 1)
 
 

@@ -442,7 +442,7 @@ def test_plan_divides_memory_as_the_engine_does(monkeypatch: pytest.MonkeyPatch)
     model = ModelConfig.named("13B")
     card = weights_plan.CARDS["H200"]
     monkeypatch.setattr("llama.cache.available_memory", lambda device: int(card.memory - 1e9))
-    engines = plan_memory(model, EngineConfig(), 4096, 2, torch.device("cuda"))
+    engines = plan_memory(model, EngineConfig(), 4096, torch.bfloat16, torch.device("cuda"))
     found = weights_plan.plan_one(model, card, "bf16", 30, 4096)
     assert (found.activations, found.weights) == (engines.activations, engines.weights)
     assert found.kv_tokens == engines.kv_tokens
