@@ -29,6 +29,7 @@ class LinearWeight:
 
     data: [n, k] row-major, or an opaque oneDNN tensor when `blocked`.
     arrivals: [SPLIT_TILES] int32 zeros, where the programs that share a sum on CUDA count themselves; None on the CPU.
+    rows: [n, k] row-major, kept beside a blocked copy for who asked for it.
     """
 
     data: Tensor
@@ -36,10 +37,23 @@ class LinearWeight:
     k: int
     blocked: bool
     arrivals: Tensor | None = None
+    rows: Tensor | None = None
+
+    @property
+    def row_major(self) -> Tensor:
+        """[n, k]. Raises ValueError where only the blocked copy was kept."""
+        if not self.blocked:
+            return self.data
+        if self.rows is None:
+            raise ValueError("weight: the row-major form was dropped; pack with keep_rows=True")
+        return self.rows
 
 
-def pack_weight(weight: Tensor) -> LinearWeight:
-    """Lay out weight [n, k] (fp32, bf16 or fp16) for `linear` on its own device. The caller drops its own reference."""
+def pack_weight(weight: Tensor, keep_rows: bool = False) -> LinearWeight:
+    """Lay out weight [n, k] (fp32, bf16 or fp16) for `linear` on its own device. The caller drops its own reference.
+
+    keep_rows: hold the row-major form as well where another one is made, at twice the memory.
+    """
     n, k = weight.shape
     if runs_triton(weight.device):
         arrivals = torch.zeros(SPLIT_TILES, dtype=torch.int32, device=weight.device)
@@ -50,5 +64,6 @@ def pack_weight(weight: Tensor) -> LinearWeight:
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     )
     if blocked:
-        return LinearWeight(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_ROWS), n, k, True)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_ROWS)
+        return LinearWeight(packed, n, k, True, rows=weight.contiguous() if keep_rows else None)
     return LinearWeight(weight.contiguous(), n, k, False)

@@ -50,18 +50,26 @@ class Block:
 
 
 class Transformer:
-    """Takes the tensors of `parameter_shapes` out of `parameters`, which is empty afterwards."""
+    """Takes the tensors of `parameter_shapes` out of `parameters`, which is empty afterwards.
+
+    keep_rows: of `kernels.pack_weight`.
+    """
 
     def __init__(
-        self, config: ModelConfig, parameters: dict[str, Tensor], max_seq_len: int, batch_invariant: bool
+        self,
+        config: ModelConfig,
+        parameters: dict[str, Tensor],
+        max_seq_len: int,
+        batch_invariant: bool,
+        keep_rows: bool = False,
     ) -> None:
         self.config, self.batch_invariant = config, batch_invariant
 
         def take(name: str) -> LinearWeight:
-            return kernels.pack_weight(parameters.pop(name))
+            return kernels.pack_weight(parameters.pop(name), keep_rows)
 
         self.embedding = parameters.pop("embedding")
-        self.lm_head = kernels.pack_weight(self.embedding) if config.tie_embeddings else take("lm_head")
+        self.lm_head = kernels.pack_weight(self.embedding, keep_rows) if config.tie_embeddings else take("lm_head")
         self.norm = parameters.pop("norm")
         self.blocks = [
             Block(

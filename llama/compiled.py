@@ -1,0 +1,153 @@
+"""`CompiledRow`: decode steps of one sequence on the CPU, with each layer compiled into one function.
+
+With one row, a step is the weights' way through memory, and operators cost as much again: their calls, their
+temporaries, and oneDNN's multiply, which reads a matrix at half of what memory gives. torch.compile (Inductor) makes
+one C++ function of a whole layer, whose loops read each weight once. Activations stay fp32 in it, so 16-bit models are
+rounded less than by the plain path; the same tokens in fp32, near ties aside.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llama.cache import KVCache
+from llama.model import Block, Transformer
+from llama.scheduler import Plan
+
+log = logging.getLogger("llama")
+
+# A value that more than one loop reads is stored: else the norm would be computed anew for every row of a weight.
+_OPTIONS = {
+    "realize_reads_threshold": 1,
+    "realize_acc_reads_threshold": 1,
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+# Inductor compiles sizes 0 and 1 as constants; with this many cached tokens all lengths share one function.
+_MIN_CACHED = 2
+
+# (x, block's weights, cos, sin, keys, values) -> (x, k, v) of the new token
+Layer = Callable[[Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+class CompiledRow:
+    """model: with row-major weights (`keep_rows`). Constructing it compiles, for some seconds to a minute."""
+
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+        self._layer: Layer = torch.compile(_layer_of(model), fullgraph=True, dynamic=False, options=_OPTIONS)
+        self._head = torch.compile(_head_of(model), fullgraph=True, dynamic=False, options=_OPTIONS)
+        self._weights = [_weights(block) for block in model.blocks]
+        self._lm_head = model.lm_head.row_major
+        self._k = [k.flatten(0, 1) for k in cache.k]
+        self._v = [v.flatten(0, 1) for v in cache.v]
+        blank = self._k[0].new_zeros((_MIN_CACHED + 1, *self._k[0].shape[1:]))
+        torch._dynamo.mark_dynamic(blank, 0)
+        x = model.embedding[0].float()
+        cos, sin = model.cos_sin[0].chunk(2)
+        for weights in self._weights[:1]:
+            x, _, _ = self._layer(x, weights, cos, sin, blank, blank)
+        self._head(x, model.norm, self._lm_head)
+
+    def serves(self, plan: Plan) -> bool:
+        """Whether the plan is one sequence that computes its last token and may yield another."""
+        if len(plan.seqs) != 1 or plan.counts[0] != 1:
+            return False
+        seq = plan.seqs[0]
+        return _MIN_CACHED <= seq.num_computed == len(seq.token_ids) - 1 < seq.max_len - 1
+
+    def run(self, plan: Plan) -> Tensor:
+        """Logits [1, vocab_size] fp32."""
+        seq, size = plan.seqs[0], self.cache.block_size
+        at, table = seq.num_computed, seq.block_table
+        row = table[at // size] * size + at % size
+        first, n_blocks = table[0], -(-at // size)
+        scattered = None
+        if table[:n_blocks] != list(range(first, first + n_blocks)):
+            rows = torch.tensor(table[:n_blocks])[:, None] * size + torch.arange(size)
+            scattered = rows.flatten()[:at]
+        start = first * size
+        cos, sin = self.model.cos_sin[at].chunk(2)
+        x = self.model.embedding[seq.token_ids[at]].float()
+        for weights, k_cache, v_cache in zip(self._weights, self._k, self._v, strict=True):
+            if scattered is None:
+                keys, values = k_cache[start : start + at], v_cache[start : start + at]
+            else:
+                keys, values = k_cache.index_select(0, scattered), v_cache.index_select(0, scattered)
+            x, k, v = self._layer(x, weights, cos, sin, keys, values)
+            k_cache[row].copy_(k)
+            v_cache[row].copy_(v)
+        return self._head(x, self.model.norm, self._lm_head)
+
+
+def compile_row(model: Transformer, cache: KVCache) -> CompiledRow | None:
+    """None, and a warning in the log, where torch.compile does not work: most often for want of a C++ compiler."""
+    log.info("compiling one-row decode steps; the first time on a machine this takes up to a minute")
+    try:
+        return CompiledRow(model, cache)
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        log.warning("compile=True: torch.compile failed, steps run operator by operator: %s", reason)
+        return None
+
+
+def _weights(block: Block) -> list[Tensor]:
+    matrices = (block.qkv_proj, block.o_proj, block.gate_up_proj, block.down_proj)
+    return [block.attn_norm, block.mlp_norm, *(matrix.row_major for matrix in matrices)]
+
+
+def _layer_of(model: Transformer) -> Layer:
+    """One layer on one row. x: [dim] fp32. cos, sin: [head_dim / 2]. keys, values: [n, n_kv_heads, head_dim] fp32,
+    of the tokens before. Returns x and the new token's k and v, [n_kv_heads, head_dim] fp32.
+    """
+    config = model.config
+    eps, head_dim, n_kv_heads = config.norm_eps, config.head_dim, config.n_kv_heads
+    q_dim, kv_dim, ffn_dim, group = config.q_dim, config.kv_dim, config.ffn_dim, config.n_heads // config.n_kv_heads
+    scale = head_dim**-0.5
+
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.view(-1, 2, head_dim // 2).unbind(1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q = q.view(n_kv_heads, group, head_dim) * scale
+        scores = (keys.unsqueeze(2) * q).sum(-1)  # [n, n_kv_heads, group]
+        own = (k.unsqueeze(1) * q).sum(-1)
+        top = torch.maximum(scores.amax(0), own)
+        part, own_part = torch.exp(scores - top), torch.exp(own - top)
+        total = part.sum(0) + own_part
+        mixed = (part.unsqueeze(-1) * values.unsqueeze(2)).sum(0) + own_part.unsqueeze(-1) * v.unsqueeze(1)
+        return (mixed / total.unsqueeze(-1)).view(-1)
+
+    def layer(
+        x: Tensor, weights: list[Tensor], cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attn_norm, mlp_norm, qkv_proj, o_proj, gate_up_proj, down_proj = weights
+        q, k, v = _multiply(qkv_proj, _norm(x, attn_norm, eps)).split([q_dim, kv_dim, kv_dim])
+        q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), v.view(n_kv_heads, head_dim)
+        x = x + _multiply(o_proj, attend(q, k, v, keys, values))
+        gate, up = _multiply(gate_up_proj, _norm(x, mlp_norm, eps)).split([ffn_dim, ffn_dim])
+        return x + _multiply(down_proj, gate / (1 + torch.exp(-gate)) * up), k, v
+
+    return layer
+
+
+def _head_of(model: Transformer) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    eps = model.config.norm_eps
+
+    def head(x: Tensor, norm: Tensor, lm_head: Tensor) -> Tensor:
+        return _multiply(lm_head, _norm(x, norm, eps)).unsqueeze(0)
+
+    return head
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt((x * x).mean() + eps) * weight.float()
+
+
+def _multiply(weight: Tensor, x: Tensor) -> Tensor:
+    """weight [n, k] @ x [k], written as the loop that Inductor makes of it; as a matmul it would go to oneDNN."""
+    return (weight.float() * x).sum(-1)
