@@ -17,6 +17,7 @@ from kernels import reference
 from kernels.attention_plan import AttentionPlan, CpuPlan, plan_triton
 from kernels.launch import HAS_TRITON, runs_triton
 from kernels.linear_weight import LinearWeight, pack_weight
+from kernels.transfer import fetch, upload
 
 if HAS_TRITON:
     from kernels import triton_ops
@@ -25,6 +26,7 @@ __all__ = [
     "AttentionPlan",
     "LinearWeight",
     "adjust_logits",
+    "fetch",
     "linear",
     "pack_weight",
     "paged_attention",
@@ -36,6 +38,7 @@ __all__ = [
     "swiglu",
     "token_logprobs",
     "uniform",
+    "upload",
 ]
 
 
@@ -106,9 +109,7 @@ def plan_attention(
     """
     on_cpu = not runs_triton(device)
     return AttentionPlan(
-        torch.from_numpy(cu_seqlens_q).to(device),
-        torch.from_numpy(seqlens_k).to(device),
-        torch.from_numpy(block_tables).to(device),
+        *upload(device, cu_seqlens_q, seqlens_k, block_tables),
         int(np.diff(cu_seqlens_q).max()),
         int(seqlens_k.max()),
         CpuPlan(cu_seqlens_q, seqlens_k, block_tables, block_size) if on_cpu else None,

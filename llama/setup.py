@@ -39,6 +39,7 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     batch_invariant: bool
+    steps_ahead: bool
     max_seq_len: int
     memory_plan: MemoryPlan
     threads: int
@@ -63,6 +64,7 @@ def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
         device=device,
         dtype=dtype,
         batch_invariant=invariant,
+        steps_ahead=device.type == "cuda" if config.steps_ahead is None else config.steps_ahead,
         max_seq_len=max_seq_len,
         memory_plan=memory_plan,
         threads=config.threads or torch.get_num_threads(),
