@@ -108,8 +108,11 @@ def plan_attention(
     overwrite the plan's tensors with shorter ones, and with length 0 for padding rows.
     """
     on_cpu = not runs_triton(device)
+    starts, lengths, tables = upload(device, cu_seqlens_q, seqlens_k, block_tables)
     return AttentionPlan(
-        *upload(device, cu_seqlens_q, seqlens_k, block_tables),
+        starts,
+        lengths,
+        tables,
         int(np.diff(cu_seqlens_q).max()),
         int(seqlens_k.max()),
         CpuPlan(cu_seqlens_q, seqlens_k, block_tables, block_size) if on_cpu else None,

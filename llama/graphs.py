@@ -69,8 +69,9 @@ class DecodeGraphs:
 
 
 class DecodeGraph:
-    """One size. The inputs travel in one copy, as int64: [cache row | position | token | row whose token is not read yet
-    | its row of the last step | length], each [size], then the block tables [size, width].
+    """One size. The inputs travel in one copy, as int64: six columns [size], then the block tables [size, width].
+
+    The columns: cache row, position, token, row whose token is not read yet, its row of the last step, length.
     """
 
     def __init__(

@@ -196,7 +196,7 @@ class EngineLoop:
         self._last_end = now
 
     def _run(self, plan: Plan, culprits: list[tuple[Sequence, RequestFailed]]) -> StepResult:
-        """Run the plan to its end. If that raises, halve it until the culprits are alone, and keep the others' results."""
+        """Run the plan. If that raises, halve it until the culprits are alone, and keep the others' results."""
         if not plan.seqs:
             return StepResult([], [])
         try:

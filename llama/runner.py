@@ -118,7 +118,7 @@ class Runner:
 
         Tokens that the plan computes and its sequences lack are those that the last launched step yields.
         """
-        sampled, prompts = None, []
+        sampled, logits, prompts = None, None, []
         if self.graphs is not None and self.graphs.serves(plan):
             places = list(range(len(plan.seqs)))
             logits = self.graphs.run(plan, self._last)
@@ -130,7 +130,8 @@ class Runner:
             for seq, begin, n in wanted.prompts:
                 prompts += self._report_prompt(seq, begin, hidden[row : row + n])
                 row += n
-            logits = self.model.logits(hidden[: len(places)]) if places else None
+            if places:
+                logits = self.model.logits(hidden[: len(places)])
         self._last = None
         if logits is not None:
             seqs = [plan.seqs[i] for i in places]

@@ -460,7 +460,9 @@ def test_one_sent_back_while_a_step_computes_it_waits_for_its_token() -> None:
     last = model.run(second)
     scheduler.commit(first, yielded)
     assert seq.n_generated == 1
-    assert scheduler.pool.find(seq.token_ids, root_key("")) == ([], []), "its blocks were given back before they counted"
+    assert scheduler.pool.find(seq.token_ids, root_key("")) == ([], []), (
+        "its blocks were given back before they counted"
+    )
     third = scheduler.schedule()
     assert (third.seqs, third.firsts, third.counts) == ([oldest, seq], [2, 0], [1, 8])
     scheduler.commit(second, last)
