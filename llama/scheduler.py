@@ -96,7 +96,7 @@ class Scheduler:
         self.waiting.extend(seqs)
 
     def schedule(self) -> Plan:
-        """The next step; blocks for its tokens are allocated. Empty without work, or until the last one is committed."""
+        """The next step; its blocks are allocated. Empty only without work, or until the last one is committed."""
         decodes, chunks = Plan(), Plan()
         budget = self.max_batch_tokens
         i = 0
