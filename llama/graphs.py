@@ -51,7 +51,7 @@ class DecodeGraphs:
         return len(plan.seqs) <= self.sizes[-1] and max(plan.counts) == 1 and all(plan.yields)
 
     def run(self, plan: Plan, last: LastStep | None = None) -> Tensor:
-        """Logits [len(plan.seqs), vocab_size] fp32; valid until the next run. last: where to find tokens not read yet."""
+        """Logits [len(plan.seqs), vocab_size] fp32; valid until the next run. last: has the tokens not read yet."""
         size = next(size for size in self.sizes if size >= len(plan.seqs))
         return self._graph(size).run(plan, last)[: len(plan.seqs)]
 
