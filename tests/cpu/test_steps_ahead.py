@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from kernels.transfer import pack, unpack
+from llama.batch import LastStep
 from llama.blocks import BlockPool
 from llama.cache import KVCache
 from llama.config import ModelConfig
@@ -230,6 +231,13 @@ def test_one_step_ahead_gives_the_same_answers(model: Transformer) -> None:
         reasons |= {answer.finish_reason for each in ahead.answers for answer in each}
     assert min(vain, preempted, hits, failed) > 20, (vain, preempted, hits, failed)
     assert reasons == {FinishReason.STOP, FinishReason.LENGTH}
+
+
+def test_a_token_that_could_not_be_drawn_indexes_nothing() -> None:
+    """On CUDA an index of -1 would cost the device, and with it everybody."""
+    tokens = torch.tensor([7, 0, 0])
+    LastStep(torch.tensor([5, -1]), []).fill(tokens, torch.tensor([2, 1]), torch.tensor([0, 1]))
+    assert tokens.tolist() == [7, 0, 5]
 
 
 def test_what_is_packed_comes_out_again() -> None:
