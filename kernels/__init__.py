@@ -17,6 +17,7 @@ from kernels import reference
 from kernels.attention_plan import AttentionPlan, CpuPlan, plan_triton
 from kernels.launch import HAS_TRITON, runs_triton
 from kernels.linear_weight import LinearWeight, pack_weight
+from kernels.transfer import fetch, upload
 
 if HAS_TRITON:
     from kernels import triton_ops
@@ -26,6 +27,7 @@ __all__ = [
     "LinearWeight",
     "adjust_logits",
     "cache_dtype",
+    "fetch",
     "linear",
     "pack_weight",
     "paged_attention",
@@ -37,6 +39,7 @@ __all__ = [
     "swiglu",
     "token_logprobs",
     "uniform",
+    "upload",
 ]
 
 
@@ -115,10 +118,11 @@ def plan_attention(
     overwrite the plan's tensors with shorter ones, and with length 0 for padding rows.
     """
     on_cpu = not runs_triton(device)
+    starts, lengths, tables = upload(device, cu_seqlens_q, seqlens_k, block_tables)
     return AttentionPlan(
-        torch.from_numpy(cu_seqlens_q).to(device),
-        torch.from_numpy(seqlens_k).to(device),
-        torch.from_numpy(block_tables).to(device),
+        starts,
+        lengths,
+        tables,
         int(np.diff(cu_seqlens_q).max()),
         int(seqlens_k.max()),
         CpuPlan(cu_seqlens_q, seqlens_k, block_tables, block_size) if on_cpu else None,

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.transfer import upload
+
 # The twin's tiles in batch-invariant mode: rows of a query tile and keys of a key tile, both counted from position 0.
 TILE_ROWS = 16
 TILE_KEYS = 64
@@ -178,8 +180,6 @@ def plan_triton(
         for t in range(int(seqlens_k[s] - n_queries[s]) // TILE_POSITIONS, -(-int(seqlens_k[s]) // TILE_POSITIONS))
     ]
     work.sort(key=lambda item: -item[1])
-    tiles = torch.tensor(work, dtype=torch.int32).view(-1, 2)
+    (tiles,) = upload(device, np.array(work, np.int32).reshape(-1, 2))
     arrivals = torch.zeros(len(n_queries) * MAX_KV_HEADS, dtype=torch.int32, device=device)
-    return TritonPlan(
-        int(cu_seqlens_q[-1]), int(tables.max()), tiles.to(device), bool((n_queries == 1).any()), arrivals
-    )
+    return TritonPlan(int(cu_seqlens_q[-1]), int(tables.max()), tiles, bool((n_queries == 1).any()), arrivals)

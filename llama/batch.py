@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,6 +11,24 @@ from torch import Tensor
 
 import kernels
 from llama.scheduler import Plan
+from llama.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class LastStep:
+    """What the step before yields, still on the device. ids: [len(seqs)] int64, -1 where the logits are not finite."""
+
+    ids: Tensor
+    seqs: list[Sequence]
+
+    @cached_property
+    def row_of(self) -> dict[Sequence, int]:
+        return {seq: row for row, seq in enumerate(self.seqs)}
+
+    def fill(self, token_ids: Tensor, rows: Tensor, sources: Tensor) -> None:
+        """token_ids[rows] = ids[sources], all int64 on the device. What follows a -1 is of no use to anybody, but must
+        not index anything with it."""
+        token_ids[rows] = self.ids[sources].clamp(min=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,29 +46,40 @@ class Batch:
     logit_rows: Tensor
 
     @classmethod
-    def from_plan(cls, plan: Plan, logit_rows: list[int], block_size: int, device: torch.device) -> Batch:
-        """Lay the plan's sequences one behind the other, in its order."""
+    def from_plan(
+        cls, plan: Plan, logit_rows: list[int], block_size: int, device: torch.device, last: LastStep | None = None
+    ) -> Batch:
+        """Lay the plan's sequences one behind the other, in its order. last: where to find tokens not read yet."""
         n_rows, n_seqs = plan.n_tokens, len(plan.seqs)
         rows = np.empty((3, n_rows), np.int64)
         starts = np.zeros(n_seqs + 1, np.int32)
         lengths = np.empty(n_seqs, np.int32)
         tables = np.zeros((n_seqs, max(len(seq.block_table) for seq in plan.seqs)), np.int32)
+        unread: list[tuple[int, int]] = []  # (row, row of the last step)
         row = 0
-        for i, (seq, n) in enumerate(zip(plan.seqs, plan.counts, strict=True)):
-            first, table = seq.num_computed, seq.block_table
+        for i, (seq, first, n) in enumerate(zip(plan.seqs, plan.firsts, plan.counts, strict=True)):
+            ids, table = seq.token_ids, seq.block_table
             tables[i, : len(table)] = table
             if n == 1:
-                cache_row = table[first // block_size] * block_size + first % block_size
-                rows[:, row] = seq.token_ids[first], first, cache_row
+                if first < len(ids) or last is None:
+                    token = ids[first]
+                else:
+                    token = 0
+                    unread.append((row, last.row_of[seq]))
+                rows[:, row] = token, first, table[first // block_size] * block_size + first % block_size
             else:
                 at = np.arange(first, first + n)
-                rows[0, row : row + n] = seq.token_ids[first : first + n]
+                rows[0, row : row + n] = ids[first : first + n]
                 rows[1, row : row + n] = at
                 rows[2, row : row + n] = tables[i, at // block_size].astype(np.int64) * block_size + at % block_size
             row += n
             starts[i + 1] = row
             lengths[i] = first + n
-        token_ids, positions, kv_index = torch.from_numpy(rows).to(device).unbind(0)
+        known, wanted, pairs = kernels.upload(
+            device, rows, np.array(logit_rows, np.int64), np.array(unread, np.int64).reshape(-1, 2)
+        )
+        token_ids, positions, kv_index = known.unbind(0)
+        if unread and last is not None:
+            last.fill(token_ids, *pairs.unbind(1))
         attention = kernels.plan_attention(starts, lengths, tables, block_size, device)
-        wanted = torch.tensor(logit_rows, dtype=torch.int64).to(device)
         return cls(token_ids, positions, kv_index, attention, wanted)

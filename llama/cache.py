@@ -75,7 +75,7 @@ def plan_memory(
     """
     available = available_memory(device)
     itemsize = dtype.itemsize
-    weights = model.n_params * itemsize
+    weights = model.n_params * itemsize * (2 if engine.compile else 1)  # compiled steps have a layout of their own
     rows = engine.max_batch_tokens
     widest = 4 * model.dim + model.q_dim + 2 * model.kv_dim + 3 * model.ffn_dim
     logit_rows = min(engine.max_batch_seqs, rows)

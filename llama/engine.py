@@ -29,7 +29,7 @@ from llama.request import Request, SamplingParams, check_request
 from llama.runner import Runner
 from llama.scheduler import Scheduler
 from llama.sequence import FinishReason, Sequence, TokenLogprobs, choice_seed
-from llama.setup import build_runner, decide
+from llama.setup import Setup, build_runner, decide
 from llama.slots import Seat, Slots
 from llama.stream import Mailbox, Stream
 from llama.tokenizer import Tokenizer
@@ -92,7 +92,7 @@ class Engine:
         started: SimpleQueue[EngineLoop | BaseException] = SimpleQueue()
         self._thread = threading.Thread(
             target=_thread_main,
-            args=(build, self.setup.device, self._scheduler, self._inbox, self.slots, started),
+            args=(build, self.setup, self._scheduler, self._inbox, self.slots, started),
             name="llama-engine",
         )
         self._thread.daemon = True
@@ -293,7 +293,7 @@ class Engine:
 
 def _thread_main(
     build: Callable[[], Runner],
-    device: torch.device,
+    setup: Setup,
     scheduler: Scheduler,
     inbox: SimpleQueue[Callable[[], None]],
     slots: Slots,
@@ -301,9 +301,9 @@ def _thread_main(
 ) -> None:
     """The engine thread: it loads the weights itself, so that it owns every tensor from the first."""
     try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # Triton launches on the thread's current device
-        loop = EngineLoop(scheduler, build(), inbox)
+        if setup.device.type == "cuda":
+            torch.cuda.set_device(setup.device)  # Triton launches on the thread's current device
+        loop = EngineLoop(scheduler, build(), inbox, setup.steps_ahead)
     except BaseException as error:
         started.put(error)
         return

@@ -1,13 +1,18 @@
 """`EngineLoop`: what the engine thread does. It owns every tensor, the pool and all sequences, and waits for no caller.
 
-A step is schedule, run, commit, deliver. Other threads reach it only through `inbox`, a queue of calls to make.
+A step is schedule, launch, commit, deliver. Other threads reach it only through `inbox`, a queue of calls to make.
 A fault in one request ends that request; an error that cannot be pinned on one ends the engine.
+
+With steps_ahead, the next step is planned and launched before the one before it is read, so that a device that computes
+on its own never waits for Python: launch t + 1, then commit and deliver t. A step that must be known before the next is
+planned (`Plan.must_be_read`: penalties count the token that it yields) is read at once.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -29,7 +34,16 @@ LOST_DEVICE = ("CUDA error", "Triton Error [CUDA]")
 class StepRunner(Protocol):
     """What the loop needs of a `Runner`; tests and the overhead bench put a fake one in its place."""
 
-    def run(self, plan: Plan) -> StepResult: ...
+    def launch(self, plan: Plan) -> Callable[[], StepResult]: ...
+
+
+@dataclass(slots=True)
+class Step:
+    """A step under way. result: waits for it. started: when it was planned, by time.monotonic()."""
+
+    plan: Plan
+    result: Callable[[], StepResult]
+    started: float
 
 
 @dataclass(slots=True)
@@ -45,8 +59,15 @@ class Track:
 class EngineLoop:
     """on_step, when set, is called in the engine thread before every step; the seam for audits and fault injection."""
 
-    def __init__(self, scheduler: Scheduler, runner: StepRunner, inbox: SimpleQueue[Callable[[], None]]) -> None:
-        self.scheduler, self.runner, self.inbox = scheduler, runner, inbox
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        inbox: SimpleQueue[Callable[[], None]],
+        steps_ahead: bool = False,
+    ) -> None:
+        self.scheduler, self.runner, self.inbox, self.steps_ahead = scheduler, runner, inbox, steps_ahead
+        self.under_way: deque[Step] = deque()  # launched and not read; between two calls of `step` at most one
         self.tracks: dict[Sequence, Track] = {}
         self.on_step: Callable[[EngineLoop], None] | None = None
         self.closing = False
@@ -54,6 +75,7 @@ class EngineLoop:
         self.last_beat = time.monotonic()
         self.n_steps = self.n_prompt_tokens = self.n_generated_tokens = 0
         self.step_seconds = 0.0  # of late steps, the last one counting a tenth
+        self._last_end = 0.0  # when the last step was delivered
 
     def run(self) -> None:
         """Serve until `stop` is called through the inbox or an error ends it; every open request then gets an error."""
@@ -73,27 +95,23 @@ class EngineLoop:
         for mailbox in {track.mailbox for track in self.tracks.values()}:
             mailbox.fail(reason)
         self.tracks.clear()
+        self.under_way.clear()
 
     def step(self) -> None:
         if self.on_step is not None:
             self.on_step(self)
-        if not self.scheduler.has_work:
+        if not self.scheduler.has_work and not self.under_way:
             return
         started = time.monotonic()
         plan = self.scheduler.schedule()
-        if not plan.seqs:
+        if plan.seqs:
+            self._launch(plan, started)
+        elif not self.under_way:
             raise RuntimeError("sequences wait, none runs, and none can be admitted")
-        culprits: list[tuple[Sequence, RequestFailed]] = []
-        result = self._run(plan, culprits)
-        for seq, error in culprits:  # only now: other choices of the same request may have been in the other half
-            self._fail(seq, error)
-        self._fail_non_finite(plan, result)
-        self.n_prompt_tokens += sum(n for seq, n in zip(plan.seqs, plan.counts, strict=True) if seq.n_generated == 0)
-        self.scheduler.commit(plan, result.tokens)
-        self._deliver(plan, result, started)
-        self.n_steps += 1
-        self.last_beat = time.monotonic()
-        self.step_seconds += (self.last_beat - started - self.step_seconds) * (0.1 if self.n_steps > 1 else 1.0)
+        unread = 1 if self.steps_ahead and plan.seqs and not plan.must_be_read else 0
+        while len(self.under_way) > unread:
+            step = self.under_way.popleft()
+            self._finish(step.plan, step.result(), step.started)
 
     def expected_wait(self, rank: int = 0) -> float:
         """Seconds until rank + 1 sequences have ended, if steps go on as they do. From any thread.
@@ -124,7 +142,7 @@ class EngineLoop:
 
     def _take_messages(self) -> bool:
         """Handle what callers asked for; sleep while there is nothing to do. False when the loop is to end."""
-        if not self.scheduler.has_work:
+        if not self.scheduler.has_work and not self.under_way:
             pool = self.scheduler.pool
             if pool.n_free != pool.n_usable:
                 raise RuntimeError(f"{pool.n_usable - pool.n_free} blocks are held although no sequence is left")
@@ -148,13 +166,43 @@ class EngineLoop:
             except Exception:
                 log.exception("a message that came after the end of the engine")
 
+    def _launch(self, plan: Plan, started: float) -> None:
+        try:
+            self.under_way.append(Step(plan, self.runner.launch(plan), started))
+            return
+        except Exception as error:
+            _raise_if_lost(error)
+        # Read what is under way first: it may end some of these sequences, and then all tokens are known.
+        while self.under_way:
+            step = self.under_way.popleft()
+            self._finish(step.plan, step.result(), step.started)
+        living = plan.living()
+        culprits: list[tuple[Sequence, RequestFailed]] = []
+        result = self._run(living, culprits)
+        for seq, failure in culprits:  # only now: other choices of the same request may have been in the other half
+            self._fail(seq, failure)
+        self._finish(living, result, started)
+
+    def _finish(self, plan: Plan, result: StepResult, started: float) -> None:
+        """Commit and deliver a step that has been computed."""
+        self._fail_non_finite(plan, result)
+        self.n_prompt_tokens += sum(n for seq, n in zip(plan.seqs, plan.counts, strict=True) if seq.n_generated == 0)
+        self.scheduler.commit(plan, result.tokens)
+        self._deliver(plan, result, started)
+        self.n_steps += 1
+        now = self.last_beat = time.monotonic()
+        seconds = now - max(started, self._last_end)
+        self.step_seconds += (seconds - self.step_seconds) * (0.1 if self.n_steps > 1 else 1.0)
+        self._last_end = now
+
     def _run(self, plan: Plan, culprits: list[tuple[Sequence, RequestFailed]]) -> StepResult:
         """Run the plan. If that raises, halve it until the culprits are alone, and keep the others' results."""
+        if not plan.seqs:
+            return StepResult([], [])
         try:
-            return self.runner.run(plan)
+            return self.runner.launch(plan)()
         except Exception as error:
-            if any(sign in str(error) for sign in LOST_DEVICE):
-                raise  # the context is lost; nothing can be computed any more
+            _raise_if_lost(error)
             if len(plan.seqs) == 1:
                 log.exception("a request failed")
                 culprits.append((plan.seqs[0], RequestFailed("internal_error", f"the step failed: {error}")))
@@ -192,7 +240,8 @@ class EngineLoop:
             if not track.started:
                 self._start(seq, track, started)
             if mailbox.stats.steps is not None:
-                step = StepTrace(self.n_steps, plan.counts[i], len(plan.seqs), plan.n_tokens, now - started)
+                seconds = now - max(started, self._last_end)
+                step = StepTrace(self.n_steps, plan.counts[i], len(plan.seqs), plan.n_tokens, seconds)
                 mailbox.stats.note_step(step)
             if token is None and seq.finish_reason is None:
                 continue
@@ -249,3 +298,9 @@ class EngineLoop:
         delta.logprobs = [logprobs for _, logprobs, _ in out]
         if detokenizer is not None:
             delta.offsets = [min(offset, detokenizer.length) for _, _, offset in out]
+
+
+def _raise_if_lost(error: Exception) -> None:
+    """Raise an error after which the device computes nothing any more."""
+    if any(sign in str(error) for sign in LOST_DEVICE):
+        raise error

@@ -85,15 +85,14 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
     @property
+    def counts_tokens(self) -> bool:
+        """Whether a token's logits depend on which ones came before it, other than through the model."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+    @property
     def penalised(self) -> bool:
         """Whether single logits must be changed before sampling."""
-        return bool(
-            self.logit_bias
-            or self.presence_penalty
-            or self.frequency_penalty
-            or self.repetition_penalty != 1.0
-            or self.min_tokens
-        )
+        return bool(self.logit_bias or self.min_tokens or self.counts_tokens)
 
 
 @dataclass(frozen=True, eq=False)

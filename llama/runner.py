@@ -1,16 +1,24 @@
-"""`Runner`: weights, cache and sampler in one hand. `run(plan)` computes a step; only the engine thread calls it."""
+"""`Runner`: weights, cache and sampler in one hand. `launch(plan)` starts a step; only the engine thread calls it.
+
+On CUDA nothing in a launch waits for the device: inputs come from pinned memory, results go there, and tokens that the
+step before has not delivered yet are taken over on the device. So the next step can be launched while one runs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from llama.batch import Batch
+import kernels
+from llama.batch import Batch, LastStep
 from llama.cache import KVCache
+from llama.compiled import CompiledRow
 from llama.graphs import DecodeGraphs
 from llama.model import Transformer
-from llama.sampler import Sampler, report_logprobs
+from llama.sampler import Report, Sampled, Sampler, report_logprobs
 from llama.scheduler import Plan
 from llama.sequence import Sequence, TokenLogprobs
 
@@ -39,13 +47,12 @@ class Wanted:
 
 
 def wanted_rows(plan: Plan) -> Wanted:
-    """A sequence that reaches its last token yields one, if it may grow. The row of position p predicts p + 1."""
+    """The row of position p predicts p + 1."""
     rows, sampled, prompts = [], [], []
     prompt_rows: list[int] = []
     row = 0
-    for i, (seq, n) in enumerate(zip(plan.seqs, plan.counts, strict=True)):
-        first = seq.num_computed
-        if first + n == len(seq.token_ids) < seq.max_len:
+    for i, (seq, first, n) in enumerate(zip(plan.seqs, plan.firsts, plan.counts, strict=True)):
+        if plan.yields[i]:
             sampled.append(i)
             rows.append(row + n - 1)
         if seq.params.prompt_logprobs is not None:
@@ -58,8 +65,35 @@ def wanted_rows(plan: Plan) -> Wanted:
     return Wanted(rows + prompt_rows, sampled, prompts)
 
 
+@dataclass(frozen=True, slots=True)
+class PendingStep:
+    """A step that was launched. places: of the sequences in the plan that yield a token, in the order of `sampled`.
+
+    prompts: logprobs for their sequences' prompts. done: recorded behind everything; None on the CPU.
+    """
+
+    n_seqs: int
+    places: list[int]
+    sampled: Sampled | None
+    prompts: list[tuple[Sequence, Report]]
+    done: torch.cuda.Event | None
+
+    def result(self) -> StepResult:
+        """Wait until the step is computed. Appends to the `prompt_logprobs` of sequences that asked for them."""
+        if self.done is not None:
+            self.done.synchronize()
+        result = StepResult([None] * self.n_seqs, [None] * self.n_seqs)
+        if self.sampled is not None:
+            tokens, logprobs = self.sampled.read()
+            for i, token, logprob in zip(self.places, tokens, logprobs, strict=True):
+                result.tokens[i], result.logprobs[i] = token, logprob
+        for seq, report in self.prompts:
+            seq.prompt_logprobs += [entry for entry in report.read() if entry is not None]
+        return result
+
+
 class Runner:
-    """graphs: replays decode steps where it is given; every other step runs kernel by kernel.
+    """graphs, compiled: run the decode steps they serve, where given; every other step runs kernel by kernel.
 
     threads: CPU threads of one operation in steps of more than one_thread_rows rows; smaller steps use one.
     """
@@ -70,43 +104,69 @@ class Runner:
         cache: KVCache,
         device: torch.device,
         graphs: DecodeGraphs | None = None,
+        compiled: CompiledRow | None = None,
         threads: int = 1,
         one_thread_rows: int = 0,
     ) -> None:
-        self.model, self.cache, self.device, self.graphs = model, cache, device, graphs
+        self.model, self.cache, self.device = model, cache, device
+        self.graphs, self.compiled = graphs, compiled
         self.threads, self.one_thread_rows = threads, one_thread_rows
         self.sampler = Sampler(device)
+        self._last: LastStep | None = None
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> StepResult:
-        """Compute the plan's tokens and sample one for every sequence that reaches its last one."""
+    def launch(self, plan: Plan) -> Callable[[], StepResult]:
+        """Start computing the plan's tokens and sampling one for each sequence that yields one. Returns what waits for
+        the result.
+
+        Tokens that the plan computes and its sequences lack are those that the last launched step yields.
+        """
+        sampled, logits, prompts = None, None, []
+        self._set_threads(plan.n_tokens)
         if self.graphs is not None and self.graphs.serves(plan):
-            return StepResult(*self.sampler.sample(self.graphs.run(plan), plan.seqs))
-        threads = 1 if plan.n_tokens <= self.one_thread_rows else self.threads
+            places = list(range(len(plan.seqs)))
+            logits = self.graphs.run(plan, self._last)
+        elif self.compiled is not None and self.compiled.serves(plan):
+            places, logits = [0], self.compiled.run(plan)
+        else:
+            wanted = wanted_rows(plan)
+            places = wanted.sampled
+            hidden = self._forward(plan, wanted)
+            row = len(places)
+            for seq, begin, n in wanted.prompts:
+                prompts += self._report_prompt(seq, begin, hidden[row : row + n])
+                row += n
+            if places:
+                logits = self.model.logits(hidden[: len(places)])
+        self._last = None
+        if logits is not None:
+            seqs = [plan.seqs[i] for i in places]
+            sampled = self.sampler.sample(logits, seqs, [plan.firsts[i] + plan.counts[i] for i in places])
+            self._last = LastStep(sampled.device_ids, seqs)
+        done = None
+        if self.device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+        return PendingStep(len(plan.seqs), places, sampled, prompts, done).result
+
+    def _forward(self, plan: Plan, wanted: Wanted) -> torch.Tensor:
+        """The hidden rows that are wanted [len(wanted.rows), dim], kernel by kernel."""
+        batch = Batch.from_plan(plan, wanted.rows, self.cache.block_size, self.device, self._last)
+        return self.model.forward(batch, self.cache)
+
+    def _set_threads(self, n_rows: int) -> None:
+        threads = 1 if n_rows <= self.one_thread_rows else self.threads
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
-        wanted = wanted_rows(plan)
-        batch = Batch.from_plan(plan, wanted.rows, self.cache.block_size, self.device)
-        hidden = self.model.forward(batch, self.cache)
-        result = StepResult([None] * len(plan.seqs), [None] * len(plan.seqs))
-        if wanted.sampled:
-            logits = self.model.logits(hidden[: len(wanted.sampled)])
-            tokens, logprobs = self.sampler.sample(logits, [plan.seqs[i] for i in wanted.sampled])
-            for i, token, logprob in zip(wanted.sampled, tokens, logprobs, strict=True):
-                result.tokens[i], result.logprobs[i] = token, logprob
-        row = len(wanted.sampled)
-        for seq, begin, n in wanted.prompts:
-            self._report_prompt(seq, begin, hidden[row : row + n])
-            row += n
-        return result
 
-    def _report_prompt(self, seq: Sequence, begin: int, hidden: torch.Tensor) -> None:
-        """Append the logprobs of the prompt tokens after positions begin, begin + 1, ... to the sequence."""
+    def _report_prompt(self, seq: Sequence, begin: int, hidden: torch.Tensor) -> list[tuple[Sequence, Report]]:
+        """Logprobs of the prompt tokens after positions begin, begin + 1, ... of the sequence."""
         n_top = seq.params.prompt_logprobs
         assert n_top is not None
+        reports = []
         for at in range(0, len(hidden), _PROMPT_ROWS):
             part = hidden[at : at + _PROMPT_ROWS]
             first = begin + at + 1
-            ids = torch.tensor(seq.token_ids[first : first + len(part)], dtype=torch.int64).to(self.device)
-            reports = report_logprobs(self.model.logits(part), ids, [n_top] * len(part), n_top)
-            seq.prompt_logprobs += [report for report in reports if report is not None]
+            (ids,) = kernels.upload(self.device, np.array(seq.token_ids[first : first + len(part)], np.int64))
+            reports.append((seq, report_logprobs(self.model.logits(part), ids, [n_top] * len(part), n_top)))
+        return reports

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,16 +36,49 @@ class RowParams:
     n_top: int | None  # the most logprobs that a row asks for; None: no row asks
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Logprobs of one token per row, on their way to the host: token ids, their logprobs, the best ids, theirs."""
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    wanted: list[int | None]
+
+    def read(self) -> list[TokenLogprobs | None]:
+        """One entry per row, None where wanted[row] is. Only once the device is through with what it takes."""
+        columns = zip(*(tensor.tolist() for tensor in self.tensors), self.wanted, strict=True)
+        return [
+            None if n is None else TokenLogprobs(token, value, list(zip(best[:n], values[:n], strict=True)))
+            for token, value, best, values, n in columns
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The drawn tokens: on the device, for the next step to go on with, and on their way to the host."""
+
+    device_ids: Tensor
+    ids: Tensor
+    report: Report | None
+
+    def read(self) -> tuple[list[int | None], list[TokenLogprobs | None]]:
+        """Tokens, -1 where the best logit is not finite, and logprobs, None where they were not asked for.
+
+        Only once the device is through with what it takes."""
+        ids = self.ids.tolist()
+        return ids, [None] * len(ids) if self.report is None else self.report.read()
+
+
 class Sampler:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._seqs: list[Sequence] = []
         self._rows: RowParams | None = None
 
-    def sample(self, logits: Tensor, seqs: list[Sequence]) -> tuple[list[int | None], list[TokenLogprobs | None]]:
-        """One token per row of logits [len(seqs), vocab] fp32, which may be overwritten.
+    def sample(self, logits: Tensor, seqs: list[Sequence], positions: list[int]) -> Sampled:
+        """Draw one token per row of logits [len(seqs), vocab] fp32, which may be overwritten. Waits for nothing.
 
-        A token is -1 where the best logit is not finite. Logprobs are None where they were not asked for.
+        positions: of the tokens to draw, in their sequences. Sequences whose parameters count tokens must have all
+        their tokens before that; others may lack the last one.
         """
         if self._rows is None or seqs != self._seqs:
             self._seqs, self._rows = list(seqs), self._row_params(seqs)
@@ -52,61 +86,66 @@ class Sampler:
         raw = logits
         if rows.any_penalised:
             raw = logits.clone() if rows.n_top is not None else logits
-            self._penalise(logits, seqs)
+            self._penalise(logits, seqs, positions)
         uniforms = rows.temperature
         if rows.any_random:
-            positions = torch.tensor([len(seq.token_ids) for seq in seqs], dtype=torch.int64).to(self.device)
-            uniforms = kernels.uniform(rows.seeds, positions)
+            (at,) = kernels.upload(self.device, np.array(positions, np.int64))
+            uniforms = kernels.uniform(rows.seeds, at)
         ids = kernels.sample(logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, uniforms)
-        if rows.n_top is None:
-            return ids.tolist(), [None] * len(seqs)
-        wanted = [seq.params.logprobs for seq in seqs]
-        return ids.tolist(), report_logprobs(raw, ids, wanted, rows.n_top)
+        report = None
+        if rows.n_top is not None:
+            report = report_logprobs(raw, ids, [seq.params.logprobs for seq in seqs], rows.n_top)
+        return Sampled(ids, kernels.fetch(ids), report)
 
     def _row_params(self, seqs: list[Sequence]) -> RowParams:
         params = [seq.params for seq in seqs]
         asked = [p.logprobs for p in params if p.logprobs is not None]
-
-        def column(values: list[float], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(self.device)
-
+        temperature, top_k, top_p, min_p, seeds = kernels.upload(
+            self.device,
+            np.array([0.0 if p.greedy else p.temperature for p in params], np.float32),
+            np.array([p.top_k for p in params], np.int64),
+            np.array([p.top_p for p in params], np.float32),
+            np.array([p.min_p for p in params], np.float32),
+            np.array([seq.seed for seq in seqs], np.int64),
+        )
         return RowParams(
-            temperature=column([0.0 if p.greedy else p.temperature for p in params], torch.float32),
-            top_k=column([p.top_k for p in params], torch.int64),
-            top_p=column([p.top_p for p in params], torch.float32),
-            min_p=column([p.min_p for p in params], torch.float32),
-            seeds=torch.tensor([seq.seed for seq in seqs], dtype=torch.int64).to(self.device),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seeds=seeds,
             any_random=any(not p.greedy for p in params),
             any_penalised=any(p.penalised for p in params),
             n_top=max(asked) if asked else None,
         )
 
-    def _penalise(self, logits: Tensor, seqs: list[Sequence]) -> None:
+    def _penalise(self, logits: Tensor, seqs: list[Sequence], positions: list[int]) -> None:
         """Change the few logits that biases, penalties and bans touch, all rows in one operation."""
         entries: list[tuple[int, int, float, float, float]] = []
-        for row, seq in enumerate(seqs):
+        for row, (seq, position) in enumerate(zip(seqs, positions, strict=True)):
             if seq.params.penalised:
-                entries += [(row, *entry) for entry in _penalties(seq)]
+                entries += [(row, *entry) for entry in _penalties(seq, position)]
         if entries:
             row_ids, token_ids, bias, repetition, subtract = zip(*entries, strict=True)
-            kernels.adjust_logits(
-                logits,
-                torch.tensor(row_ids, dtype=torch.int64).to(self.device),
-                torch.tensor(token_ids, dtype=torch.int64).to(self.device),
-                torch.tensor(bias, dtype=torch.float32).to(self.device),
-                torch.tensor(repetition, dtype=torch.float32).to(self.device),
-                torch.tensor(subtract, dtype=torch.float32).to(self.device),
+            changes = kernels.upload(
+                self.device,
+                np.array(row_ids, np.int64),
+                np.array(token_ids, np.int64),
+                np.array(bias, np.float32),
+                np.array(repetition, np.float32),
+                np.array(subtract, np.float32),
             )
+            kernels.adjust_logits(logits, *changes)
 
 
-def _penalties(seq: Sequence) -> list[tuple[int, float, float, float]]:
+def _penalties(seq: Sequence, position: int) -> list[tuple[int, float, float, float]]:
     """(token, bias, repetition, subtract) for every token whose logit changes."""
     p = seq.params
     counts: Counter[int] = Counter()
     if p.presence_penalty or p.frequency_penalty:
         counts = Counter(seq.token_ids[seq.n_prompt :])
     repeated = set(seq.token_ids) if p.repetition_penalty != 1.0 else set()
-    banned = seq.stop_ids if seq.n_generated < p.min_tokens else frozenset[int]()
+    banned = seq.stop_ids if position - seq.n_prompt < p.min_tokens else frozenset[int]()
     return [
         (
             token,
@@ -118,13 +157,8 @@ def _penalties(seq: Sequence) -> list[tuple[int, float, float, float]]:
     ]
 
 
-def report_logprobs(
-    logits: Tensor, token_ids: Tensor, wanted: list[int | None], n_top: int
-) -> list[TokenLogprobs | None]:
+def report_logprobs(logits: Tensor, token_ids: Tensor, wanted: list[int | None], n_top: int) -> Report:
     """Logprobs of one token per row and of the best ones; wanted[row] = how many, None = no report for the row."""
     chosen, top_ids, top = kernels.token_logprobs(logits, token_ids, n_top)
-    columns = zip(token_ids.tolist(), chosen.tolist(), top_ids.tolist(), top.tolist(), wanted, strict=True)
-    return [
-        None if n is None else TokenLogprobs(token, value, list(zip(best[:n], values[:n], strict=True)))
-        for token, value, best, values, n in columns
-    ]
+    fetch = kernels.fetch
+    return Report((fetch(token_ids), fetch(chosen), fetch(top_ids), fetch(top)), wanted)

@@ -8,6 +8,11 @@ A plan is a list of (sequence, n): compute its next n tokens. A sequence yields 
 a chunk of a prompt and a decoded token are the same thing. Running sequences go first, then waiting ones, in order of
 arrival. When blocks run out the youngest running sequence gives its own back and waits at the front with its tokens
 kept; the oldest is never preempted, so some request always progresses.
+
+A step may be planned while the one before it runs, its tokens yet unknown: a sequence then computes "the token that it
+is about to yield". If that one turns out to end it, its row of the later step was in vain, and `commit` passes over it.
+The device runs the steps in order, so blocks that are given back meanwhile are safe with their next owner, whose own
+writing comes later; and the prefix cache hears only of blocks that a committed step has filled.
 """
 
 from __future__ import annotations
@@ -25,28 +30,60 @@ MAX_PREEMPTIONS = 3
 
 @dataclass(slots=True)
 class Plan:
-    """seqs[i] computes its next counts[i] tokens. Decodes (n = 1, a token is yielded) come first."""
+    """seqs[i] computes counts[i] tokens from position firsts[i] on; yields[i]: it yields a token then.
+
+    Decodes (one token computed, one yielded) come first. Position firsts[i] of a decode may lie just behind the tokens
+    that the sequence has: then it is the one that the step before yields.
+    """
 
     seqs: list[Sequence] = field(default_factory=list)
+    firsts: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    yields: list[bool] = field(default_factory=list)
 
     @property
     def n_tokens(self) -> int:
         return sum(self.counts)
 
+    @property
+    def must_be_read(self) -> bool:
+        """Whether the step after this one cannot be launched before this one's tokens are known to the host."""
+        return any(seq.request.params.counts_tokens for seq in self.seqs)
+
+    def add(self, seq: Sequence, first: int, count: int, yields: bool) -> None:
+        self.seqs.append(seq)
+        self.firsts.append(first)
+        self.counts.append(count)
+        self.yields.append(yields)
+
     def split(self) -> tuple[Plan, Plan]:
         half = len(self.seqs) // 2
-        return Plan(self.seqs[:half], self.counts[:half]), Plan(self.seqs[half:], self.counts[half:])
+        return self._part(range(half)), self._part(range(half, len(self.seqs)))
+
+    def living(self) -> Plan:
+        """The part whose sequences have not ended."""
+        return self._part([i for i, seq in enumerate(self.seqs) if seq.finish_reason is None])
+
+    def _part(self, places: Iterable[int]) -> Plan:
+        part = Plan()
+        for i in places:
+            part.add(self.seqs[i], self.firsts[i], self.counts[i], self.yields[i])
+        return part
 
 
 class Scheduler:
-    """Owns the pool and every unfinished sequence. `schedule` and `commit` alternate; `add`, `finish` come between."""
+    """Owns the pool and every unfinished sequence. `add` and `finish` come at any time.
+
+    Each plan that is not empty is committed, in order, before the next but one is made. To `schedule`, what was planned
+    is done: `num_computed` moves on there, and `commit` brings the tokens.
+    """
 
     def __init__(self, pool: BlockPool, max_batch_tokens: int, max_batch_seqs: int) -> None:
         self.pool = pool
         self.max_batch_tokens, self.max_batch_seqs = max_batch_tokens, max_batch_seqs
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
+        self.n_planned = self.n_committed = 0  # plans
         self.n_preemptions = 0
         self.n_prefix_queries = 0  # prompt tokens looked up in the prefix cache, and found there
         self.n_prefix_hits = 0
@@ -59,7 +96,7 @@ class Scheduler:
         self.waiting.extend(seqs)
 
     def schedule(self) -> Plan:
-        """The next step, never empty while there is work. Blocks for its tokens are allocated."""
+        """The next step; its blocks are allocated. Empty only without work, or until the last one is committed."""
         decodes, chunks = Plan(), Plan()
         budget = self.max_batch_tokens
         i = 0
@@ -68,37 +105,47 @@ class Scheduler:
             i += 1
             if budget == 0:
                 break
-            n = min(len(seq.token_ids) - seq.num_computed, budget)
-            if not self._reserve(seq, seq.num_computed + n):
+            first = seq.num_computed
+            n = min(len(seq.token_ids) - first, budget)
+            if n <= 0:  # what it computes next is being sampled
+                if first + 1 >= seq.max_len:
+                    continue  # and ends it
+                n = 1
+            if not self._reserve(seq, first + n):
                 break  # seq itself was the youngest and is waiting again
-            plan = decodes if n == 1 and seq.n_remaining == 1 else chunks
-            plan.seqs.append(seq)
-            plan.counts.append(n)
+            self._book(seq, n, decodes if n == 1 and first + 1 >= len(seq.token_ids) else chunks)
             budget -= n
         while budget and len(self.running) < self.max_batch_seqs:
             admitted = self._admit_next()
             if admitted is None:
                 break
-            n = min(admitted.n_remaining, budget)
-            chunks.seqs.append(admitted)
-            chunks.counts.append(n)
+            n = min(len(admitted.token_ids) - admitted.num_computed, budget)
+            self._book(admitted, n, chunks)
             budget -= n
-        return Plan(decodes.seqs + chunks.seqs, decodes.counts + chunks.counts)
+        plan = Plan(
+            decodes.seqs + chunks.seqs,
+            decodes.firsts + chunks.firsts,
+            decodes.counts + chunks.counts,
+            decodes.yields + chunks.yields,
+        )
+        self.n_planned += bool(plan.seqs)
+        return plan
 
     def commit(self, plan: Plan, new_tokens: list[int | None]) -> None:
-        """Book a step: new_tokens[i] is what plan.seqs[i] yielded, None where it yields nothing (yet, or any more).
+        """Take in a step's tokens: new_tokens[i] is what plan.seqs[i] yielded, None where it yields nothing.
 
         Sequences that ended are out of `running` and have their finish_reason set.
         """
+        self.n_committed += 1
         size = self.pool.block_size
-        for seq, n, token in zip(plan.seqs, plan.counts, new_tokens, strict=True):
+        for seq, first, n, token in zip(plan.seqs, plan.firsts, plan.counts, new_tokens, strict=True):
             if seq.finish_reason is not None:
-                continue  # aborted or failed while it ran
-            seq.num_computed += n
-            if seq.num_computed >= (len(seq.keys) + 1) * size:
-                self._publish(seq)
+                continue  # it ended with the step before, or was aborted or failed while it ran
+            # num_computed is 0 if it was sent back meanwhile; its blocks are no longer those that the step filled.
+            if first + n >= (len(seq.keys) + 1) * size and seq.num_computed:
+                self._publish(seq, first + n)
             if token is None:
-                if seq.num_computed == len(seq.token_ids) >= seq.max_len:
+                if first + n == len(seq.token_ids) >= seq.max_len:
                     self.finish(seq, FinishReason.LENGTH)
                 continue
             seq.token_ids.append(token)
@@ -133,6 +180,12 @@ class Scheduler:
         """Audit the pool against every table. Raises RuntimeError on a fault."""
         self.pool.check(seq.block_table for seq in (*self.running, *self.waiting))
 
+    def _book(self, seq: Sequence, n: int, plan: Plan) -> None:
+        first = seq.num_computed
+        seq.num_computed = end = first + n
+        seq.last_plan = self.n_planned + 1
+        plan.add(seq, first, n, len(seq.token_ids) <= end < seq.max_len)
+
     def _reserve(self, seq: Sequence, n_tokens: int) -> bool:
         """Blocks for the first n_tokens of a running sequence, taken from the youngest if need be."""
         missing = self.pool.blocks_for(n_tokens) - len(seq.block_table)
@@ -145,8 +198,8 @@ class Scheduler:
     def _admit_next(self) -> Sequence | None:
         """Move the first waiting sequence that may start to `running`; None when its blocks are not to be had yet."""
         seq = next((s for s in self.waiting if _may_start(s)), None)
-        if seq is None:
-            return None
+        if seq is None or seq.last_plan > self.n_committed:
+            return None  # nobody, or one sent back while a step computes it, whose token is to come
         self._find_prefix(seq)
         whole = seq.preemptions >= MAX_PREEMPTIONS
         wanted = self.pool.blocks_for(seq.max_len if whole else len(seq.token_ids))
@@ -178,12 +231,12 @@ class Scheduler:
         for _ in range(n_blocks):
             table.append(self.pool.allocate(table[-1] if table else PAD_BLOCK, whole - len(table)))
 
-    def _publish(self, seq: Sequence) -> None:
-        """Let later prompts find the blocks that this step filled."""
+    def _publish(self, seq: Sequence, n_tokens: int) -> None:
+        """Let later prompts find the full blocks among the first n_tokens."""
         if not self.pool.prefix_cache:
             return
         size = self.pool.block_size
-        while (len(seq.keys) + 1) * size <= seq.num_computed:
+        while (len(seq.keys) + 1) * size <= n_tokens:
             start = len(seq.keys) * size
             own = tuple(seq.token_ids[start : start + size])
             key = block_key(seq.keys[-1] if seq.keys else root_key(seq.request.salt), own)
@@ -198,4 +251,6 @@ class Scheduler:
 def _may_start(seq: Sequence) -> bool:
     """A choice waits for its leader to compute their prompt, unless the leader is gone."""
     leader = seq.leader
-    return leader is None or leader.num_computed >= seq.n_prompt or leader.finish_reason is not None
+    if leader is None or leader.finish_reason is not None:
+        return True
+    return leader.num_computed >= seq.n_prompt and leader.n_generated > 0  # > 0: that step has been committed

@@ -1,4 +1,5 @@
-"""`Sequence`: one token stream of a request, and where its K/V lie. `num_computed` of its tokens are in the cache."""
+"""`Sequence`: one token stream of a request, and where its K/V lie. `num_computed` of its tokens are in the cache,
+once the steps that are planned have run."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ class Sequence:
 
     keys: hash keys of its first blocks, as many as are published or were found. leader: another choice of the same
     prompt; this one starts when the leader has computed the prompt, and finds its blocks in the prefix cache.
-    max_len: tokens at which it ends with LENGTH.
+    max_len: tokens at which it ends with LENGTH. last_plan: the number of the last plan that it was in.
     """
 
     request: Request
@@ -45,6 +46,7 @@ class Sequence:
     stop_ids: frozenset[int]
     leader: Sequence | None = None
     num_computed: int = 0
+    last_plan: int = 0
     block_table: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -59,11 +61,6 @@ class Sequence:
     @property
     def n_generated(self) -> int:
         return len(self.token_ids) - self.n_prompt
-
-    @property
-    def n_remaining(self) -> int:
-        """Tokens whose K/V are still to be computed."""
-        return len(self.token_ids) - self.num_computed
 
 
 def choice_seed(seed: int, index: int) -> int:

@@ -10,6 +10,7 @@ import torch
 import kernels
 from llama.cache import KVCache, MemoryPlan, plan_memory
 from llama.checkpoint import load_parameters, read_config, tokenizer_file
+from llama.compiled import compile_row
 from llama.config import EngineConfig, ModelConfig
 from llama.errors import ConfigError, TokenizerError
 from llama.graphs import DecodeGraphs, capture_cuda
@@ -40,6 +41,7 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     batch_invariant: bool
+    steps_ahead: bool
     max_seq_len: int
     memory_plan: MemoryPlan
     threads: int
@@ -51,6 +53,8 @@ def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
     folder = None if isinstance(model, ModelConfig) else find_model(model)
     shape = model if isinstance(model, ModelConfig) else read_config(find_model(model))
     device = _device(config.device)
+    if config.compile and device.type != "cpu":
+        raise ConfigError("compile", True, f"is for the CPU; on {device.type} decode steps are CUDA graphs")
     dtype = _dtype(config.dtype, shape.dtype, device)
     max_seq_len = min(config.max_seq_len or shape.max_seq_len, shape.max_seq_len)
     # Not the number of threads either may change the bits of a row, so it stays the same then.
@@ -64,6 +68,7 @@ def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
         device=device,
         dtype=dtype,
         batch_invariant=invariant,
+        steps_ahead=device.type == "cuda" if config.steps_ahead is None else config.steps_ahead,
         max_seq_len=max_seq_len,
         memory_plan=memory_plan,
         threads=config.threads or torch.get_num_threads(),
@@ -78,7 +83,7 @@ def build_runner(setup: Setup, progress: bool) -> Runner:
         parameters = random_parameters(config, dtype, device)
     else:
         parameters = load_parameters(setup.model_dir, config, dtype, device, progress)
-    model = Transformer(config, parameters, setup.max_seq_len, setup.batch_invariant)
+    model = Transformer(config, parameters, setup.max_seq_len, setup.batch_invariant, keep_rows=setup.config.compile)
     plan = setup.memory_plan
     cache_dtype = kernels.cache_dtype(dtype, device)
     cache = KVCache.empty(config, plan.num_blocks, plan.block_size, cache_dtype, device)
@@ -87,7 +92,12 @@ def build_runner(setup: Setup, progress: bool) -> Runner:
         graphs = DecodeGraphs(model, cache, device, setup.max_seq_len, setup.config.max_batch_seqs, capture_cuda())
         with torch.inference_mode():
             graphs.capture_all(up_to=setup.config.slots)
-    return Runner(model, cache, device, graphs, setup.threads, setup.one_thread_rows)
+    compiled = None
+    if setup.config.compile:
+        torch.set_num_threads(1 if setup.one_thread_rows else setup.threads)  # the number is compiled in
+        with torch.inference_mode():
+            compiled = compile_row(model, cache)
+    return Runner(model, cache, device, graphs, compiled, setup.threads, setup.one_thread_rows)
 
 
 def find_model(model: str | Path) -> Path:

@@ -111,13 +111,12 @@ class FakeRunner:
     def __init__(self, token_ids: list[int]) -> None:
         self.token_ids, self.at = token_ids, 0
 
-    def run(self, plan: Plan) -> StepResult:
+    def launch(self, plan: Plan) -> Callable[[], StepResult]:
         tokens: list[int | None] = []
-        for seq, n in zip(plan.seqs, plan.counts, strict=True):
-            reaches_end = seq.num_computed + n == len(seq.token_ids)
+        for yields in plan.yields:
             self.at = (self.at + 1) % len(self.token_ids)
-            tokens.append(self.token_ids[self.at] if reaches_end else None)
-        return StepResult(tokens, [None] * len(tokens))
+            tokens.append(self.token_ids[self.at] if yields else None)
+        return lambda: StepResult(tokens, [None] * len(tokens))
 
 
 def overhead(args: argparse.Namespace) -> dict[str, Any]:

@@ -82,23 +82,23 @@ class Script:
         self.gate: Callable[[], object] | None = None
         self.n_steps = 0
 
-    def run(self, plan: Plan) -> StepResult:
+    def launch(self, plan: Plan) -> Callable[[], StepResult]:
         self.n_steps += 1
         if self.gate is not None:
             self.gate()
         result = StepResult([None] * len(plan.seqs), [None] * len(plan.seqs))
-        for i, (seq, n) in enumerate(zip(plan.seqs, plan.counts, strict=True)):
+        for i, (seq, first, n) in enumerate(zip(plan.seqs, plan.firsts, plan.counts, strict=True)):
             if seq.params.prompt_logprobs is not None:
-                for position in range(len(seq.prompt_logprobs) + 1, min(seq.num_computed + n + 1, seq.n_prompt)):
+                for position in range(len(seq.prompt_logprobs) + 1, min(first + n + 1, seq.n_prompt)):
                     entry = made_up(seq.token_ids[position], position, seq.params.prompt_logprobs)
                     seq.prompt_logprobs.append(entry)
-            if seq.num_computed + n == len(seq.token_ids) < seq.max_len:
+            if plan.yields[i]:
                 script = self.say(seq.index, seq.token_ids[: seq.n_prompt])
                 token = script[seq.n_generated] if seq.n_generated < len(script) else 2
                 result.tokens[i] = token
                 if seq.params.logprobs is not None:
                     result.logprobs[i] = made_up(token, len(seq.token_ids), seq.params.logprobs)
-        return result
+        return lambda: result
 
 
 def made_up(token: int, position: int, n_top: int) -> TokenLogprobs:

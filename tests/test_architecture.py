@@ -29,6 +29,7 @@ LLAMA = [
     "llama.checkpoint",
     "llama.sampler",
     "llama.graphs",
+    "llama.compiled",
     "llama.runner",
     "llama.setup",
     "llama.slots",

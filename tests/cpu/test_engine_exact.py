@@ -37,29 +37,39 @@ def quick_collections() -> Iterator[None]:
 
 @dataclass
 class Case:
-    """One model: its folder, its stored answers, and what it answers one prompt at a time."""
+    """One model: its folder, its stored answers, and what it answers one prompt at a time.
+
+    ahead: whether steps are launched before the one before is read; `alone` is without.
+    """
 
     folder: Path
     vectors: dict[str, Any]
     alone: dict[bool, list[Completion]]
+    ahead: bool = False
 
     @property
     def prompts(self) -> list[list[int]]:
         return [entry["prompt_ids"] for entry in self.vectors["greedy"]]
 
     def engine(self, exact: bool, **options: Any) -> Engine:
-        config = EngineConfig(device="cpu", batch_invariant=exact, **{"kv_memory": 8 << 20, **options})
+        options = {"kv_memory": 8 << 20, **options}
+        config = EngineConfig(device="cpu", batch_invariant=exact, steps_ahead=self.ahead, **options)
         return Engine(self.folder, config, progress=False)
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def case(request: pytest.FixtureRequest, shared_file: SharedFile) -> Case:
+def model(request: pytest.FixtureRequest, shared_file: SharedFile) -> Case:
     folder = shared_file(f"models/{request.param}-hf")
     case = Case(folder, json.loads(shared_file(f"vectors/{request.param}_greedy.json").read_text()), {})
     for exact in (False, True):
         with case.engine(exact, block_size=64, prefix_cache=False) as engine:
             case.alone[exact] = [engine.generate([prompt], GREEDY)[0] for prompt in case.prompts]
     return case
+
+
+@pytest.fixture(params=[False, True], ids=["in turn", "ahead"])
+def case(request: pytest.FixtureRequest, model: Case) -> Case:
+    return replace(model, ahead=request.param)
 
 
 def check(case: Case, exact: bool, done: list[Completion]) -> None:
@@ -77,8 +87,10 @@ def check(case: Case, exact: bool, done: list[Completion]) -> None:
 
 @MODES
 def test_one_at_a_time(case: Case, exact: bool) -> None:
-    check(case, exact, case.alone[exact])
-    texts = [answer.text for answer in case.alone[exact]]
+    with case.engine(exact, block_size=64, prefix_cache=False) as engine:
+        done = [engine.generate([prompt], GREEDY)[0] for prompt in case.prompts]
+    check(case, exact, done)
+    texts = [answer.text for answer in done]
     assert texts[0] == case.vectors["greedy"][0]["text"]
     if "llama2c_expected_200" in case.vectors:
         assert texts[0] == case.vectors["llama2c_expected_200"]

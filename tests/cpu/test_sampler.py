@@ -14,7 +14,7 @@ from torch import Tensor
 import kernels
 from llama.request import Request, SamplingParams
 from llama.sampler import Sampler
-from llama.sequence import Sequence, choice_seed
+from llama.sequence import Sequence, TokenLogprobs, choice_seed
 
 CPU = torch.device("cpu")
 
@@ -24,6 +24,13 @@ def sequence(prompt: list[int], generated: list[int] | None = None, stop_ids: se
     tokens = [*prompt, *(generated or [])]
     seed = choice_seed(params.seed or 0, 0)
     return Sequence(Request([prompt], params), 0, tokens, len(prompt), 1000, seed, frozenset(stop_ids or ()))
+
+
+def sample(
+    sampler: Sampler, logits: Tensor, seqs: list[Sequence]
+) -> tuple[list[int | None], list[TokenLogprobs | None]]:
+    """The token behind those that each sequence has."""
+    return sampler.sample(logits, seqs, [len(seq.token_ids) for seq in seqs]).read()
 
 
 def logits_of(rows: int, vocab: int, seed: int = 0, scale: float = 2.0) -> Tensor:
@@ -138,7 +145,7 @@ def test_draws_have_the_exact_distribution(filters: dict[str, float], vocab: int
     logits = logits_of(1, vocab, seed=vocab)
     seq = sequence([1, 2, 3], **filters)
     seqs = [replace(seq, seed=choice_seed(i, 0)) for i in range(n)]
-    tokens, _ = Sampler(CPU).sample(logits.repeat(n, 1), seqs)
+    tokens, _ = sample(Sampler(CPU), logits.repeat(n, 1), seqs)
     exact = exact_distribution(logits[0].numpy(), **filters)  # type: ignore[arg-type]
     counts = np.bincount(tokens, minlength=vocab)
     assert counts[exact == 0].sum() == 0
@@ -211,13 +218,13 @@ def test_seeded_draws_are_equal_alone_and_in_a_batch_of_32() -> None:
         )
         for i in range(32)
     ]
-    together = Sampler(CPU).sample(logits.clone(), seqs)
-    reordered = Sampler(CPU).sample(logits.flip(0).clone(), seqs[::-1])
+    together = sample(Sampler(CPU), logits.clone(), seqs)
+    reordered = sample(Sampler(CPU), logits.flip(0).clone(), seqs[::-1])
     assert (reordered[0][::-1], reordered[1][::-1]) == together
     for i, seq in enumerate(seqs):
-        tokens, logprobs = Sampler(CPU).sample(logits[i : i + 1].clone(), [seq])
+        tokens, logprobs = sample(Sampler(CPU), logits[i : i + 1].clone(), [seq])
         assert (tokens[0], logprobs[0]) == (together[0][i], together[1][i])
-    pair = Sampler(CPU).sample(logits[4:6].clone(), seqs[4:6])
+    pair = sample(Sampler(CPU), logits[4:6].clone(), seqs[4:6])
     assert pair == (together[0][4:6], together[1][4:6])
 
 
@@ -227,8 +234,8 @@ def test_a_sampler_follows_when_sequences_come_and_go() -> None:
     seqs = [sequence([1], seed=i, temperature=t) for i, t in enumerate((0.0, 1.0, 1.5))]
     sampler = Sampler(CPU)
     for choice in ([0, 1, 2], [2, 1, 0], [1], [1], [2], [0, 2]):
-        tokens, _ = sampler.sample(logits[choice].clone(), [seqs[i] for i in choice])
-        fresh, _ = Sampler(CPU).sample(logits[choice].clone(), [seqs[i] for i in choice])
+        tokens, _ = sample(sampler, logits[choice].clone(), [seqs[i] for i in choice])
+        fresh, _ = sample(Sampler(CPU), logits[choice].clone(), [seqs[i] for i in choice])
         assert tokens == fresh
 
 
@@ -237,7 +244,7 @@ def test_a_draw_depends_on_the_position_and_not_on_the_step() -> None:
     sampler = Sampler(CPU)
     drawn = []
     for n in (0, 1, 2, 1, 0):
-        drawn.append(sampler.sample(logits.clone(), [sequence([1], [5] * n, seed=3)])[0][0])
+        drawn.append(sample(sampler, logits.clone(), [sequence([1], [5] * n, seed=3)])[0][0])
     assert drawn == [*drawn[:3], drawn[1], drawn[0]]
     assert len(set(drawn)) == 3
 
@@ -270,7 +277,7 @@ def test_penalties_follow_the_formula(i: int) -> None:
     expected = penalised(logits[1], seq)
     others = logits[[0, 2]].clone()
     plain = sequence([1], temperature=0)
-    Sampler(CPU)._penalise(logits, [plain, seq, plain])
+    Sampler(CPU)._penalise(logits, [plain, seq, plain], [len(s.token_ids) for s in (plain, seq, plain)])
     np.testing.assert_allclose(logits[1].numpy(), expected, rtol=1e-6, atol=1e-5)
     assert torch.equal(logits[[0, 2]], others), "rows of other requests are left alone"
 
@@ -281,9 +288,9 @@ def test_a_bias_of_a_hundred_decides(temperature: float) -> None:
     best = int(logits.argmax())
     for seed in range(50):
         forced = sequence([1], temperature=temperature, seed=seed, logit_bias={17: 100})
-        assert Sampler(CPU).sample(logits.clone(), [forced])[0] == [17]
+        assert sample(Sampler(CPU), logits.clone(), [forced])[0] == [17]
         banned = sequence([1], temperature=temperature, seed=seed, logit_bias={best: -100})
-        assert Sampler(CPU).sample(logits.clone(), [banned])[0] != [best]
+        assert sample(Sampler(CPU), logits.clone(), [banned])[0] != [best]
 
 
 def test_stop_ids_cannot_be_drawn_before_min_tokens() -> None:
@@ -293,7 +300,7 @@ def test_stop_ids_cannot_be_drawn_before_min_tokens() -> None:
         drawn = set()
         for seed in range(30):
             seq = sequence([1], [0] * n_generated, {2, 3}, seed=seed, min_tokens=3)
-            drawn.add(Sampler(CPU).sample(logits.clone(), [seq])[0][0])
+            drawn.add(sample(Sampler(CPU), logits.clone(), [seq])[0][0])
         assert drawn == expected
 
 
@@ -307,7 +314,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
         sequence([1], [4, 5], temperature=0.3, seed=1, logit_bias={9: 100}, repetition_penalty=2.0, logprobs=5),
         sequence([1], temperature=0, logprobs=0),
     ]
-    tokens, logprobs = Sampler(CPU).sample(logits.clone(), seqs)
+    tokens, logprobs = sample(Sampler(CPU), logits.clone(), seqs)
     assert tokens[0] == 9
     assert [entry.token_id for entry in logprobs if entry] == tokens
     for row, entry in enumerate(logprobs):
@@ -325,13 +332,13 @@ def test_equal_logprobs_are_listed_by_id() -> None:
     """Also where more are equal than are asked for."""
     logits = torch.zeros(1, 200)
     logits[0, 150] = 1.0
-    _, logprobs = Sampler(CPU).sample(logits, [sequence([1], temperature=0, logprobs=6)])
+    _, logprobs = sample(Sampler(CPU), logits, [sequence([1], temperature=0, logprobs=6)])
     assert logprobs[0] is not None
     assert [token for token, _ in logprobs[0].top] == [150, 0, 1, 2, 3, 4]
 
 
 def test_more_logprobs_than_tokens() -> None:
-    _, logprobs = Sampler(CPU).sample(logits_of(1, 7), [sequence([1], temperature=0, logprobs=20)])
+    _, logprobs = sample(Sampler(CPU), logits_of(1, 7), [sequence([1], temperature=0, logprobs=20)])
     assert logprobs[0] is not None
     assert len(logprobs[0].top) == 7
 
@@ -343,14 +350,14 @@ def test_more_logprobs_than_tokens() -> None:
 def test_a_bad_row_gives_no_token_and_leaves_the_others_alone(bad: float | str) -> None:
     logits = logits_of(6, 400)
     seqs = [sequence([1], seed=i, temperature=[0.0, 1.0][i % 2], top_p=0.9, logprobs=3) for i in range(6)]
-    good, good_logprobs = Sampler(CPU).sample(logits.clone(), seqs)
+    good, good_logprobs = sample(Sampler(CPU), logits.clone(), seqs)
     for row in (0, 3, 5):
         broken = logits.clone()
         if bad == "all -inf":
             broken[row] = -math.inf
         else:
             broken[row, 123] = bad
-        tokens, logprobs = Sampler(CPU).sample(broken, seqs)
+        tokens, logprobs = sample(Sampler(CPU), broken, seqs)
         assert tokens == [-1 if i == row else good[i] for i in range(6)]
         assert [entry for i, entry in enumerate(logprobs) if i != row] == [
             entry for i, entry in enumerate(good_logprobs) if i != row

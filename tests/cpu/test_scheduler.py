@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from llama.blocks import PAD_BLOCK, BlockPool
+from llama.blocks import PAD_BLOCK, BlockPool, root_key
 from llama.request import Request, SamplingParams
 from llama.scheduler import MAX_PREEMPTIONS, Plan, Scheduler
 from llama.sequence import FinishReason, Sequence
@@ -46,32 +46,37 @@ def run_alone(seq: Sequence) -> tuple[list[int], FinishReason]:
 
 @dataclass
 class FakeModel:
-    """cache[block, offset] = (position, hash of the tokens up to there)."""
+    """cache[block, offset] = (position, hash of the tokens up to there). last: what the last step yielded."""
 
     pool: BlockPool
     cache: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    last: dict[Sequence, int] = field(default_factory=dict)
 
     def run(self, plan: Plan) -> list[int | None]:
         writers: Counter[int] = Counter()
-        for seq, n in zip(plan.seqs, plan.counts, strict=True):
-            touched = {position // self.pool.block_size for position in range(seq.num_computed, seq.num_computed + n)}
-            for i in touched:
+        texts = [self.tokens(seq, first + n) for seq, first, n in zip(plan.seqs, plan.firsts, plan.counts, strict=True)]
+        for seq, first, n, text in zip(plan.seqs, plan.firsts, plan.counts, texts, strict=True):
+            for i in {position // self.pool.block_size for position in range(first, first + n)}:
                 block = seq.block_table[i]
                 assert block != PAD_BLOCK
                 assert self.pool._refs[block] == 1, "only a block of one's own may be written"
                 writers[block] += 1
-            for position in range(seq.num_computed, seq.num_computed + n):
-                self.cache[self.place(seq, position)] = (position, hash(tuple(seq.token_ids[: position + 1])))
+            for position in range(first, first + n):
+                self.cache[self.place(seq, position)] = (position, hash(tuple(text[: position + 1])))
         assert not writers or max(writers.values()) == 1
         tokens: list[int | None] = []
-        for seq, n in zip(plan.seqs, plan.counts, strict=True):
-            end = seq.num_computed + n
-            for position in range(end):
+        for seq, yields, text in zip(plan.seqs, plan.yields, texts, strict=True):
+            for position in range(len(text)):
                 seen = self.cache.get(self.place(seq, position))
-                assert seen == (position, hash(tuple(seq.token_ids[: position + 1]))), "not this sequence's K/V"
-            yields = end == len(seq.token_ids) < seq.max_len
-            tokens.append(next_token(seq.token_ids, seq.seed) if yields else None)
+                assert seen == (position, hash(tuple(text[: position + 1]))), "not this sequence's K/V"
+            tokens.append(next_token(text, seq.seed) if yields else None)
+        self.last = {seq: token for seq, token in zip(plan.seqs, tokens, strict=True) if token is not None}
         return tokens
+
+    def tokens(self, seq: Sequence, end: int) -> list[int]:
+        """The first `end` tokens of a sequence, of which the last may be the one that the last step yielded."""
+        known = seq.token_ids[:end]
+        return known if len(known) == end else [*known, self.last[seq]]
 
     def place(self, seq: Sequence, position: int) -> tuple[int, int]:
         return seq.block_table[position // self.pool.block_size], position % self.pool.block_size
@@ -83,13 +88,14 @@ def check_plan(scheduler: Scheduler, plan: Plan) -> None:
     assert plan.n_tokens <= scheduler.max_batch_tokens
     assert len(set(plan.seqs)) == len(plan.seqs) <= len(scheduler.running) <= scheduler.max_batch_seqs
     assert set(plan.seqs) <= set(scheduler.running)
-    assert scheduler.running[0] in plan.seqs, "the oldest always progresses"
-    decodes = [n == 1 and seq.n_remaining == 1 for seq, n in zip(plan.seqs, plan.counts, strict=True)]
-    yielding = decodes[: decodes.index(False)] if False in decodes else decodes
-    assert all(yielding)
-    for seq, n in zip(plan.seqs, plan.counts, strict=True):
-        assert seq.num_computed + n <= len(seq.token_ids)
-        assert len(seq.block_table) >= scheduler.pool.blocks_for(seq.num_computed + n)
+    ahead = scheduler.n_planned - scheduler.n_committed - 1
+    assert ahead in (0, 1)
+    if not ahead:
+        assert scheduler.running[0] in plan.seqs, "the oldest always progresses"
+    for seq, first, n, yields in zip(plan.seqs, plan.firsts, plan.counts, plan.yields, strict=True):
+        assert seq.num_computed == first + n <= len(seq.token_ids) + ahead
+        assert first + n < seq.max_len or not yields
+        assert len(seq.block_table) >= scheduler.pool.blocks_for(first + n)
 
 
 def step(scheduler: Scheduler, model: FakeModel) -> Plan:
@@ -114,9 +120,14 @@ def finish_all(scheduler: Scheduler, model: FakeModel, limit: int = 10_000) -> i
 
 
 class Simulation:
-    """Arrivals, several choices, aborts, failures and forced preemptions, all drawn from one seed."""
+    """Arrivals, several choices, aborts, failures and forced preemptions, all drawn from one seed.
 
-    def __init__(self, seed: int) -> None:
+    ahead: each step is planned and computed before the tokens of the one before are committed.
+    """
+
+    def __init__(self, seed: int, ahead: bool = False) -> None:
+        self.ahead = ahead
+        self.unread: tuple[Plan, list[int | None]] | None = None
         self.rng = rng = random.Random(seed)
         block_size = rng.choice([1, 2, 3, 4, 8, 16])
         self.longest = rng.randrange(4, 60)
@@ -147,7 +158,7 @@ class Simulation:
 
     def run(self, n_arrivals: int) -> None:
         rng, scheduler = self.rng, self.scheduler
-        while n_arrivals or scheduler.has_work:
+        while n_arrivals or scheduler.has_work or self.unread:
             if n_arrivals and (not scheduler.has_work or rng.random() < 0.2):
                 self.arrive()
                 n_arrivals -= 1
@@ -156,7 +167,7 @@ class Simulation:
             if rng.random() < self.forced and len(scheduler.running) > 1:
                 scheduler.preempt_youngest()
                 scheduler.check()
-            if scheduler.has_work:
+            if scheduler.has_work or self.unread:
                 self.step()
 
     def step(self) -> None:
@@ -164,14 +175,21 @@ class Simulation:
         oldest = scheduler.running[0] if scheduler.running else None
         plan = scheduler.schedule()
         assert oldest is None or scheduler.running[0] is oldest, "the oldest is never preempted"
-        check_plan(scheduler, plan)
-        self.first_plans += [seq for seq in plan.seqs if seq not in self.first_plans]
         scheduler.check()
-        self.log += [(self.arrived.index(seq), n) for seq, n in zip(plan.seqs, plan.counts, strict=True)]
-        tokens = self.model.run(plan)
+        before, self.unread = self.unread, None
+        if plan.seqs or not before:
+            check_plan(scheduler, plan)
+            self.first_plans += [seq for seq in plan.seqs if seq not in self.first_plans]
+            self.log += [(self.arrived.index(seq), n) for seq, n in zip(plan.seqs, plan.counts, strict=True)]
+            self.unread = plan, self.model.run(plan)
         if self.rng.random() < 0.02:
-            self.end_one(FinishReason.ERROR, plan.seqs)  # it fails while it runs
-        scheduler.commit(plan, tokens)
+            self.end_one(FinishReason.ERROR, [seq for seq in plan.seqs if seq.finish_reason is None])  # while it runs
+        if before:
+            scheduler.commit(*before)
+            scheduler.check()
+        if self.unread and not self.ahead:
+            scheduler.commit(*self.unread)
+            self.unread = None
         scheduler.check()
 
     def end_one(self, reason: FinishReason, among: list[Sequence]) -> None:
@@ -196,11 +214,12 @@ class Simulation:
         assert leaders == [seq for seq in self.arrived if seq in leaders]
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
 @pytest.mark.parametrize("start", range(0, 500, 50))
-def test_simulation(start: int) -> None:
+def test_simulation(start: int, ahead: bool) -> None:
     preempted = hits = 0
     for seed in range(start, start + 50):
-        simulation = Simulation(seed)
+        simulation = Simulation(seed, ahead)
         try:
             simulation.run(n_arrivals=12)
             simulation.check_end()
@@ -223,11 +242,12 @@ def test_a_seed_replays() -> None:
     assert logs[0]
 
 
-def test_nothing_is_preempted_a_fourth_time() -> None:
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+def test_nothing_is_preempted_a_fourth_time(ahead: bool) -> None:
     """Tight pools and growing sequences; without forced preemption a request is sent back at most three times."""
     often = 0
     for seed in range(1000, 1200):
-        simulation = Simulation(seed)
+        simulation = Simulation(seed, ahead)
         simulation.forced = 0.0
         simulation.run(n_arrivals=12)
         preemptions = max(seq.preemptions for seq in simulation.arrived)
@@ -380,5 +400,72 @@ def test_no_token_wanted_ends_when_the_prompt_is_computed() -> None:
 
 def test_a_plan_is_halved_in_order() -> None:
     seqs = [make([i], 1) for i in range(5)]
-    first, second = Plan(seqs, [1, 2, 3, 4, 5]).split()
-    assert (first.seqs, first.counts, second.seqs, second.counts) == (seqs[:2], [1, 2], seqs[2:], [3, 4, 5])
+    plan = Plan()
+    for i, seq in enumerate(seqs):
+        plan.add(seq, 10 * i, i + 1, i % 2 == 0)
+    first, second = plan.split()
+    assert (first.seqs, first.firsts, first.counts, first.yields) == (seqs[:2], [0, 10], [1, 2], [True, False])
+    assert (second.seqs, second.firsts, second.counts) == (seqs[2:], [20, 30, 40], [3, 4, 5])
+    seqs[1].finish_reason = FinishReason.ABORT
+    assert plan.living().counts == [1, 3, 4, 5]
+
+
+# --- one step ahead ---------------------------------------------------------------------------------------------------
+
+
+def ahead_of(seq: Sequence, *others: Sequence, blocks: int = 40) -> tuple[Scheduler, FakeModel]:
+    scheduler, model = scheduler_of(num_blocks=blocks, block_size=4, budget=64)
+    scheduler.add([seq, *others])
+    return scheduler, model
+
+
+def test_the_token_that_ends_a_sequence_by_length_is_not_computed() -> None:
+    seq = make([1, 3], 2, min_tokens=2)
+    scheduler, model = ahead_of(seq)
+    first = scheduler.schedule()
+    yielded = model.run(first)
+    second = scheduler.schedule()
+    assert (second.firsts, second.counts, second.yields) == ([2], [1], [True])
+    last = model.run(second)
+    scheduler.commit(first, yielded)
+    assert scheduler.schedule().seqs == [], "its third and last token is under way"
+    scheduler.commit(second, last)
+    assert (seq.finish_reason, seq.token_ids) == (FinishReason.LENGTH, run_alone(seq)[0])
+    assert scheduler.pool.n_free == scheduler.pool.n_usable
+
+
+def test_a_row_computed_in_vain_is_never_published() -> None:
+    """The prompt and the stop id fill a block; in turn, the stop id would not have been computed."""
+    seq = make([1, 3, 4], 9)
+    scheduler, model = ahead_of(seq)
+    first = scheduler.schedule()
+    model.run(first)
+    second = scheduler.schedule()
+    assert second.firsts == [3]
+    scheduler.commit(first, [EOS])
+    scheduler.commit(second, [5])
+    assert (seq.finish_reason, seq.token_ids) == (FinishReason.STOP, [1, 3, 4, EOS])
+    assert not scheduler.pool._cached
+    scheduler.check()
+
+
+def test_one_sent_back_while_a_step_computes_it_waits_for_its_token() -> None:
+    oldest, seq = make([1], 20, min_tokens=20), make(list(range(7)), 9, min_tokens=9)
+    scheduler, model = ahead_of(oldest, seq)
+    first = scheduler.schedule()
+    yielded = model.run(first)
+    assert scheduler.preempt_youngest() is seq
+    second = scheduler.schedule()
+    assert second.seqs == [oldest], "there is room, but its eighth token is not known"
+    last = model.run(second)
+    scheduler.commit(first, yielded)
+    assert seq.n_generated == 1
+    assert scheduler.pool.find(seq.token_ids, root_key("")) == ([], []), (
+        "its blocks were given back before they counted"
+    )
+    third = scheduler.schedule()
+    assert (third.seqs, third.firsts, third.counts) == ([oldest, seq], [2, 0], [1, 8])
+    scheduler.commit(second, last)
+    scheduler.commit(third, model.run(third))
+    finish_all(scheduler, model)
+    assert seq.token_ids == run_alone(seq)[0]

@@ -297,10 +297,10 @@ class Failing(Script):
         super().__init__(lambda index, prompt: [300] * 230)
         self.after = after
 
-    def run(self, plan: Any) -> Any:
+    def launch(self, plan: Any) -> Any:
         if any(seq.n_generated >= self.after for seq in plan.seqs):
             raise RuntimeError("planted")
-        return super().run(plan)
+        return super().launch(plan)
 
 
 @contextmanager

@@ -76,6 +76,21 @@ def test_graphs_give_the_bits_of_eager_steps() -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graphs", "eager"])
+def test_one_step_ahead_gives_the_bits_of_steps_in_turn(cuda_graphs: bool) -> None:
+    """Prompts cut into chunks among decodes; 128 stop ids, noticed a step late when ahead."""
+    prompts = some_prompts(40, SMALL_7B.vocab_size)
+    params = SamplingParams(temperature=0.9, seed=3, max_tokens=40, logprobs=1, stop_token_ids=list(range(3, 131)))
+    found = []
+    for ahead in (True, False):
+        options = EngineConfig(
+            device="cuda", kv_memory=4 << 30, max_batch_tokens=96, cuda_graphs=cuda_graphs, steps_ahead=ahead
+        )
+        with Engine(SMALL_7B, options, progress=False) as engine:
+            found.append(answers(engine, prompts, params))
+    assert found[0] == found[1]
+
+
 def test_close_gives_the_memory_back() -> None:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
