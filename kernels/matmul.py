@@ -145,7 +145,7 @@ def launch_matmul(x: Tensor, weight: LinearWeight, out: Tensor, tile: MatmulTile
     """The launch behind `linear`, with any tile; out may be of another dtype than x (tests compare fp32 sums)."""
     rows = len(x)
     grid = (cdiv(weight.n, tile.block_n), cdiv(rows, tile.block_m), splits)
-    shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": _GROUP}
+    shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     if tile.tma and splits == 1 and _fits_descriptors(x, weight.data, out):
         # Made anew for every launch, on the host: some microseconds, which a product of many rows hides. In a captured
         # graph they are arguments like others.
@@ -153,7 +153,7 @@ def launch_matmul(x: Tensor, weight: LinearWeight, out: Tensor, tile: MatmulTile
             TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
             TensorDescriptor.from_tensor(weight.data, [tile.block_n, tile.block_k]),
             TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n]),
-            weight.k, **shape, STAGES=tile.stages, num_warps=tile.warps,
+            weight.k, **shape, GROUP=_GROUP, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
         return
     part = out  # without a split nothing reads it; any pointer does
@@ -161,8 +161,8 @@ def launch_matmul(x: Tensor, weight: LinearWeight, out: Tensor, tile: MatmulTile
         part = torch.empty((splits, rows, weight.n), dtype=torch.float32, device=x.device)
     matmul_kernel[grid](
         x, weight.data, out, part, weight.arrivals, rows, weight.n, weight.k, **shape,
-        EVEN_K=weight.k % tile.block_k == 0, FEW=rows <= 256 and tile.block_m <= 64, SPLIT=splits,
-        STAGES=tile.stages, num_warps=tile.warps,
+        EVEN_K=weight.k % tile.block_k == 0, FEW=rows <= 256 and tile.block_m <= 64, GROUP=_GROUP,
+        SPLIT=splits, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
 
 
