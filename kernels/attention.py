@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.attention_plan import MAX_KV_HEADS, TILE_POSITIONS, AttentionPlan
 from kernels.launch import FLOATS, cdiv, expect, next_power_of_2
-from kernels.tiles import card
+from kernels.tiles import Card, card
 
 KEYS = 64
 HIDDEN = tl.constexpr(-1.0e30)  # a minus infinity that can be subtracted from itself
@@ -290,16 +290,18 @@ def launch_attention(
     scale: float,
     out: Tensor,
     workers: int | None = None,
+    wants: Card | None = None,
 ) -> None:
     """The launches behind `paged_attention`: one for single tokens, one for longer pieces, both in a mixed batch.
 
-    out may be of another dtype than q, and workers any number (tests ask for equal bits of both).
+    out may be of another dtype than q, and workers any number (tests ask for equal bits of both). wants: tiles to use
+    instead of the card's own, for tuning.
     """
     work = plan.triton
     assert work is not None
     n_heads, head_dim = q.shape[1:]
     block_size, n_kv_heads = k_cache.shape[1:3]
-    this, fp32 = card(), q.dtype == torch.float32
+    this, fp32 = wants or card(), q.dtype == torch.float32
     lengths = (plan.cu_seqlens_q, plan.seqlens_k, plan.block_tables)
     scale *= math.log2(math.e)  # the kernels raise 2, not e
     shape = {

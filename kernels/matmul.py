@@ -1,9 +1,10 @@
-"""x @ weight.T, summed in fp32: one kernel for any number of rows.
+"""x @ weight.T, summed in fp32: one kernel for any number of rows, and a second form of it for many.
 
 The bits of an output do not depend on the number of rows: it is one accumulator over ascending k, sixteen products at a
-time, which the matrix units of Hopper and Blackwell add alike in every instruction (arXiv 2511.10909). Tiles, stages
-and warps are therefore free. A weight is never split along k for some row counts only; `batch_invariant=False` gives
-that up, for split sums at a few rows and for torch.matmul at many.
+time, which the matrix units of Hopper and Blackwell add alike in every instruction (arXiv 2511.10909). Tiles, stages,
+warps and who fetches the operands are therefore free: threads by pointers, or the copy engine of sm_90 and later (TMA)
+by descriptors. A weight is never split along k for some row counts only; `batch_invariant=False` gives that up, for
+split sums at a few rows and for torch.matmul at many.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -13,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.launch import FLOATS, cdiv, expect
 from kernels.linear_weight import LinearWeight
@@ -100,6 +102,30 @@ def matmul_kernel(
             tl.store(arrival_at, 0)  # ready for the next launch
 
 
+@triton.jit
+def matmul_tma_kernel(
+    x_desc,
+    weight_desc,
+    out_desc,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """grid (column tiles, row tiles). The same sums as `matmul_kernel`, for many rows. What a tile has past M, N or K
+    is read as zeros, which add nothing, and is not stored: the descriptors know the ends."""
+    column_tiles = tl.num_programs(0)
+    program = tl.program_id(1) * column_tiles + tl.program_id(0)
+    tile_m, tile_n = in_bands(program, tl.num_programs(1), column_tiles, GROUP)
+    row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        acc = tl.dot(x_desc.load([row, k]), weight_desc.load([column, k]).T, acc, input_precision="ieee")
+    out_desc.store([row, column], acc.to(out_desc.dtype))
+
+
 def linear(x: Tensor, weight: LinearWeight, *, batch_invariant: bool = False) -> Tensor:
     """As its twin. batch_invariant=False: torch.matmul for many rows, split sums for a few."""
     expect("x", x, (None, weight.k), FLOATS, x.device)
@@ -118,26 +144,28 @@ def linear(x: Tensor, weight: LinearWeight, *, batch_invariant: bool = False) ->
 def launch_matmul(x: Tensor, weight: LinearWeight, out: Tensor, tile: MatmulTile, splits: int) -> None:
     """The launch behind `linear`, with any tile; out may be of another dtype than x (tests compare fp32 sums)."""
     rows = len(x)
-    row_tiles, column_tiles = cdiv(rows, tile.block_m), cdiv(weight.n, tile.block_n)
+    grid = (cdiv(weight.n, tile.block_n), cdiv(rows, tile.block_m), splits)
+    shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    if tile.tma and splits == 1 and _fits_descriptors(x, weight.data, out):
+        # Made anew for every launch, on the host: some microseconds, which a product of many rows hides. In a captured
+        # graph they are arguments like others.
+        matmul_tma_kernel[grid](
+            TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
+            TensorDescriptor.from_tensor(weight.data, [tile.block_n, tile.block_k]),
+            TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n]),
+            weight.k, **shape, GROUP=_GROUP, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+        return
     part = out  # without a split nothing reads it; any pointer does
     if splits > 1:
         part = torch.empty((splits, rows, weight.n), dtype=torch.float32, device=x.device)
-    matmul_kernel[(column_tiles, row_tiles, splits)](
-        x,
-        weight.data,
-        out,
-        part,
-        weight.arrivals,
-        rows,
-        weight.n,
-        weight.k,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        EVEN_K=weight.k % tile.block_k == 0,
-        FEW=rows <= 256 and tile.block_m <= 64,
-        GROUP=_GROUP,
-        SPLIT=splits,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
-    )
+    matmul_kernel[grid](
+        x, weight.data, out, part, weight.arrivals, rows, weight.n, weight.k, **shape,
+        EVEN_K=weight.k % tile.block_k == 0, FEW=rows <= 256 and tile.block_m <= 64, GROUP=_GROUP,
+        SPLIT=splits, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+
+
+def _fits_descriptors(*matrices: Tensor) -> bool:
+    """The copy engine wants every row to begin at a multiple of 16 bytes."""
+    return all(m.data_ptr() % 16 == 0 and m.shape[1] * m.itemsize % 16 == 0 for m in matrices)

@@ -43,6 +43,8 @@ _OPCODES = {
     "tcgen05": r"UTC[A-Z]*MMA",
     "copy": r"LDGSTS\.",
     "copy128": r"LDGSTS\.E\S*\.128",
+    "tma_load": r"UTMALDG",
+    "tma_store": r"UTMASTG",
     "load": r"LDG\.E",
     "load128": r"LDG\.E\S*\.128",
     "store": r"STG\.E",

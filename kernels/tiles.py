@@ -1,30 +1,51 @@
 """Tile constants per card: block shapes, pipeline stages and warps. They change how fast a kernel runs, never its bits.
 
-The constants that do change bits (`KEYS`, `CHUNK`, the order of a sum) live beside the arithmetic, in the kernel files.
-The first guesses come from offline compiles: registers, shared memory and programs per SM. None is measured yet.
+The table itself is `tiles.json`, one entry per architecture, written by `scripts/bench.py kernels --tune` on a card of
+that kind; until then an entry holds guesses from offline compiles, and its `source` says so. The constants that do
+change bits (`KEYS`, `CHUNK`, the order of a sum) live beside the arithmetic, in the kernel files.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from kernels.launch import cdiv, gpu_arch
+
+TABLE = Path(__file__).with_name("tiles.json")
 
 
 @dataclass(frozen=True, slots=True)
 class MatmulTile:
-    """One program of the matmul kernel: block_m rows of x times block_n rows of the weight, block_k at a time."""
+    """One program of the matmul kernels: block_m rows of x times block_n rows of the weight, block_k at a time.
+
+    tma: fetched and stored by the copy engine of sm_90 and later, where rows begin at multiples of 16 bytes. Its
+    descriptors cost the host some microseconds a launch: for products that take longer than that.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     stages: int
     warps: int
+    tma: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FewRows:
+    """The tiles that serve up to `rows` rows: of weights with at most 8192 columns of output, and of wider ones."""
+
+    rows: int
+    narrow: MatmulTile
+    wide: MatmulTile
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
-    """block_m: query rows of a prefill program (a decode program has one token's query heads of one key head)."""
+    """block_m: query rows of a prefill program; it divides 128 (a decode program has one token's query heads of one
+    key head, whatever it says)."""
 
     block_m: int
     stages: int
@@ -35,15 +56,16 @@ class AttentionTile:
 class Card:
     """What one architecture wants.
 
-    few_rows: (rows, for n <= 8192, for wider) in ascending order: the tile that serves up to so many rows.
+    source: where the figures come from. few_rows: in ascending order of rows.
     many_rows, many_rows_wide: for more rows; the wide one where it still gives every SM a tile.
-    fp32: the matrix units are out of reach there, and the tiles twice as large.
+    matmul_fp32, attention_fp32: the matrix units are out of reach there, and the tiles twice as large.
     decode_programs: how many decode attention programs fill the card.
     library_rows: with batch_invariant=False, torch.matmul takes over from so many rows on.
     """
 
+    source: str
     sms: int
-    few_rows: tuple[tuple[int, MatmulTile, MatmulTile], ...]
+    few_rows: tuple[FewRows, ...]
     many_rows: MatmulTile
     many_rows_wide: MatmulTile
     matmul_fp32: MatmulTile
@@ -54,53 +76,46 @@ class Card:
     library_rows: int
 
 
-# Every program re-reads x from L2, block_m / block_n of what it reads of w: kept near 1/2 or less. block_n is at least
-# 8 columns per warp, and there should be about one program per SM where n is small.
-_FEW_ROWS = (
-    (4, MatmulTile(16, 16, 256, 5, 2), MatmulTile(16, 32, 128, 5, 4)),
-    (16, MatmulTile(16, 32, 256, 4, 4), MatmulTile(16, 64, 128, 4, 4)),
-    (32, MatmulTile(32, 32, 128, 5, 4), MatmulTile(32, 64, 128, 4, 8)),
-    (64, MatmulTile(64, 32, 128, 3, 4), MatmulTile(64, 64, 128, 3, 4)),
-)
-_HOPPER = Card(
-    sms=132,
-    few_rows=_FEW_ROWS,
-    many_rows=MatmulTile(128, 128, 64, 3, 8),
-    many_rows_wide=MatmulTile(128, 256, 64, 4, 8),
-    matmul_fp32=MatmulTile(32, 32, 32, 3, 4),
-    prefill=AttentionTile(128, 3, 8),
-    decode=AttentionTile(16, 3, 4),
-    attention_fp32=AttentionTile(16, 2, 4),
-    decode_programs=396,
-    library_rows=65,
-)
-_AMPERE = Card(
-    sms=108,
-    few_rows=_FEW_ROWS,
-    many_rows=MatmulTile(128, 128, 64, 3, 8),
-    many_rows_wide=MatmulTile(128, 128, 64, 3, 8),
-    matmul_fp32=MatmulTile(32, 32, 32, 3, 4),
-    prefill=AttentionTile(32, 3, 4),
-    decode=AttentionTile(16, 3, 4),
-    attention_fp32=AttentionTile(16, 2, 4),
-    decode_programs=324,
-    library_rows=65,
-)
-_CARDS = {80: _AMPERE, 90: _HOPPER, 100: _HOPPER}
+def read_cards(path: Path) -> dict[int, Card]:
+    """Architecture (80, 90 ...) -> what it wants."""
+    return {int(arch): _card(entry) for arch, entry in json.loads(path.read_text()).items()}
+
+
+def write_cards(cards: dict[int, Card], path: Path) -> None:
+    """The same table as JSON, one tile a line, so that a change of it can be read in review."""
+    entries = []
+    for arch, card in sorted(cards.items()):
+        values = {name: json.dumps(value) for name, value in asdict(card).items()}
+        few = ",\n      ".join(json.dumps(asdict(tiles)) for tiles in card.few_rows)
+        values["few_rows"] = f"[\n      {few}\n    ]"
+        entries.append(f'  "{arch}": {{\n' + ",\n".join(f'    "{k}": {v}' for k, v in values.items()) + "\n  }")
+    text = "{\n" + ",\n".join(entries) + "\n}\n"
+    path.write_text(text.replace(', "tma": false', ""))
+
+
+def _card(entry: dict[str, Any]) -> Card:
+    few = (FewRows(e["rows"], MatmulTile(**e["narrow"]), MatmulTile(**e["wide"])) for e in entry["few_rows"])
+    tiles: dict[str, Any] = {"few_rows": tuple(few)}
+    tiles |= {name: MatmulTile(**entry[name]) for name in ("many_rows", "many_rows_wide", "matmul_fp32")}
+    tiles |= {name: AttentionTile(**entry[name]) for name in ("prefill", "decode", "attention_fp32")}
+    return Card(**{**entry, **tiles})
+
+
+_CARDS = read_cards(TABLE)
 
 
 def card() -> Card:
-    """The row of the current card; one that is not listed gets the most modest."""
-    return _CARDS.get(gpu_arch(), _AMPERE)
+    """The entry of the current card; one that is not listed gets the most modest, that of sm_80."""
+    return _CARDS.get(gpu_arch(), _CARDS[80])
 
 
 def matmul_tile(card: Card, rows: int, n: int, fp32: bool) -> MatmulTile:
     """The tile for x [rows, k] @ weight [n, k].T."""
     if fp32:
         return card.matmul_fp32
-    for most, narrow, wide in card.few_rows:
-        last = narrow if n <= 8192 else wide
-        if rows <= most:
+    for few in card.few_rows:
+        last = few.narrow if n <= 8192 else few.wide
+        if rows <= few.rows:
             return last
     if rows <= 256 and _tiles(card.many_rows, rows, n) < card.sms:
         return last

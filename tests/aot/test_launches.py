@@ -39,6 +39,7 @@ class Rule:
 
 RULES = {
     "matmul_kernel": Rule(("copy128",), matrix=True),
+    "matmul_tma_kernel": Rule(("tma_load", "tma_store"), matrix=True),
     "decode_kernel": Rule(("copy128", "atomic"), matrix=True, narrow_loads=6, narrow_copies=3, per_sm=3),
     "prefill_kernel": Rule(("copy128", "store128"), matrix=True, narrow_loads=5, narrow_copies=5),
     "rms_norm_kernel": Rule(("load128", "store128"), per_sm=2),
@@ -112,9 +113,10 @@ def test_the_number_of_rows_never_compiles_anew() -> None:
     x, weight = torch.empty(4096, 4096, dtype=BF16, device=META), torch.empty(4096, 4096, dtype=BF16, device=META)
     with capture(90) as launches:
         packed = kernels.pack_weight(weight)
-        for rows in (*range(1, 65), 300, 384, 385, 1000):
+        for rows in (*range(1, 65), 300, 384, 385, 1000, 1100, 2048, 4095):
             kernels.linear(x[:rows], packed, batch_invariant=True)
-    assert len({launch.code for launch in launches}) == 5
+    assert len({launch.code for launch in launches}) == 6
+    assert [launch.kernel for launch in launches[-3:]] == ["matmul_tma_kernel"] * 3
 
 
 def test_the_batch_never_compiles_attention_anew() -> None:

@@ -13,7 +13,7 @@ from test_launches import complaints
 import kernels
 from kernels import tiles
 from kernels.offline import capture, inspect_all
-from kernels.tiles import AttentionTile, MatmulTile
+from kernels.tiles import AttentionTile, FewRows, MatmulTile
 from scripts.compile_kernels import META
 
 pytestmark = pytest.mark.aot
@@ -28,9 +28,9 @@ def prefill() -> None:
     kernels.paged_attention(torch.empty(512, 32, 128, dtype=BF16, device=META), cache, cache, plan, 0.1)
 
 
-def linear(k: int = 4096) -> None:
+def linear(k: int = 4096, rows: int = 16) -> None:
     weight = kernels.pack_weight(torch.empty(4096, k, dtype=BF16, device=META))
-    kernels.linear(torch.empty(16, k, dtype=BF16, device=META), weight, batch_invariant=True)
+    kernels.linear(torch.empty(rows, k, dtype=BF16, device=META), weight, batch_invariant=True)
 
 
 def complaints_about(launch: Callable[[], None]) -> list[str]:
@@ -46,6 +46,12 @@ def card_with(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
 
 def test_without_a_fault_nothing_is_said() -> None:
     assert not complaints_about(prefill) and not complaints_about(linear)
+    assert not complaints_about(lambda: linear(rows=2048))
+
+
+def test_a_tile_too_large_for_the_copy_engine_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    card_with(monkeypatch, many_rows_wide=MatmulTile(128, 256, 64, 5, 8, tma=True))
+    assert any("bytes of shared memory" in line for line in complaints_about(lambda: linear(rows=2048)))
 
 
 def test_too_few_warps_spill(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +61,7 @@ def test_too_few_warps_spill(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_too_many_stages_do_not_fit_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     tile = MatmulTile(16, 64, 256, 8, 4)
-    card_with(monkeypatch, few_rows=((64, tile, tile),))
+    card_with(monkeypatch, few_rows=(FewRows(64, tile, tile),))
     assert any("bytes of shared memory" in line for line in complaints_about(linear))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from kernels import attention, reference, tiles
 from kernels.attention_plan import AttentionPlan
 from kernels.linear_weight import LinearWeight
 from kernels.matmul import launch_matmul
+from kernels.tiles import MatmulTile
 
 pytestmark = pytest.mark.gpu
 
@@ -77,15 +80,20 @@ def test_rope_write(n_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.d
 # ---- linear ----
 
 
-def sums(x: Tensor, weight: LinearWeight) -> Tensor:
-    """The fp32 sums themselves: rounding to 16 bits would hide most differences."""
+def sums(x: Tensor, weight: LinearWeight, tile: MatmulTile | None = None) -> Tensor:
+    """The fp32 sums themselves: rounding to 16 bits would hide most differences. By pointers, unless `tile` says else:
+    a wide tile of fp32 has no room beside the operands of the copy engine."""
     out = torch.empty((len(x), weight.n), dtype=torch.float32, device=CUDA)
-    launch_matmul(x, weight, out, tiles.matmul_tile(tiles.card(), len(x), weight.n, x.dtype == torch.float32), 1)
+    chosen = tiles.matmul_tile(tiles.card(), len(x), weight.n, x.dtype == torch.float32)
+    launch_matmul(x, weight, out, tile or replace(chosen, tma=False), 1)
     return out
 
 
 @pytest.mark.parametrize("rows", [1, 4, 8, 16, 30, 64, 128, 300, 2048])
-@pytest.mark.parametrize("n, k", [(12288, 4096), (4096, 11008), (5120, 5120), (10240, 8192), (361, 352), (64, 172)])
+@pytest.mark.parametrize(
+    "n, k",
+    [(12288, 4096), (22016, 4096), (4096, 11008), (5120, 5120), (10240, 8192), (8192, 28672), (361, 352), (64, 172)],
+)
 @pytest.mark.parametrize("batch_invariant", [True, False])
 def test_linear(n: int, k: int, rows: int, batch_invariant: bool) -> None:
     x, weight = cuda_normal(rows, k), kernels.pack_weight(cuda_normal(n, k))
@@ -111,6 +119,26 @@ def test_a_row_has_the_same_bits_at_every_row_count(n: int, k: int) -> None:
     for rows in (1, 3, 4, 5, 16, 17, 32, 33, 64, 65, 130, 256, 257, 600):
         assert torch.equal(sums(x[:rows], weight), whole[:rows]), rows
         assert torch.equal(sums(x[700 : 700 + rows], weight), whole[700 : 700 + rows]), rows
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="no copy engine")
+@pytest.mark.parametrize("n, k", [(12288, 4096), (4096, 11008), (264, 200)])
+def test_the_copy_engine_brings_the_same_bits(n: int, k: int) -> None:
+    """The sums themselves in a tile that has room for them, and the tile that serves prompts, rounded as it is."""
+    x, weight = cuda_normal(2100, k), kernels.pack_weight(cuda_normal(n, k))
+    whole, tile = sums(x, weight), MatmulTile(128, 128, 64, 3, 8, tma=True)
+    for rows in (1, 65, 128, 300, 2100):
+        assert torch.equal(sums(x[:rows], weight, tile), whole[:rows]), rows
+        assert torch.equal(kernels.linear(x[:rows], weight, batch_invariant=True), whole[:rows].to(BF16)), rows
+
+
+@pytest.mark.parametrize("rows", [1, 16, 32])
+def test_split_sums_fold_alike_a_thousand_times(rows: int) -> None:
+    x, weight = cuda_normal(rows, 4096), kernels.pack_weight(cuda_normal(1024, 4096))
+    first = kernels.linear(x, weight)
+    for i in range(1000):
+        assert torch.equal(kernels.linear(x, weight), first), i
+    assert weight.arrivals is not None and not weight.arrivals.any()
 
 
 # ---- attention ----

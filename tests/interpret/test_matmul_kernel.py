@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_cases import DTYPES, check, error, normal
@@ -9,6 +11,7 @@ from kernel_cases import DTYPES, check, error, normal
 from kernels import reference, tiles, triton_ops
 from kernels.linear_weight import LinearWeight, pack_weight
 from kernels.matmul import launch_matmul
+from kernels.tiles import MatmulTile
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned")]
 
@@ -18,10 +21,11 @@ def weight_of(n: int, k: int, dtype: torch.dtype) -> LinearWeight:
     return pack_weight(normal(n, k, dtype=dtype))
 
 
-def sums(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
+def sums(x: torch.Tensor, weight: LinearWeight, tile: MatmulTile | None = None) -> torch.Tensor:
     """The fp32 sums themselves: rounding to 16 bits would hide most differences."""
     out = torch.empty((len(x), weight.n), dtype=torch.float32)
-    launch_matmul(x, weight, out, tiles.matmul_tile(tiles.card(), len(x), weight.n, x.dtype == torch.float32), 1)
+    chosen = tiles.matmul_tile(tiles.card(), len(x), weight.n, x.dtype == torch.float32)
+    launch_matmul(x, weight, out, tile or chosen, 1)
     return out
 
 
@@ -47,8 +51,8 @@ def test_the_widest_tile() -> None:
     """128 x 256, which takes more columns than any test model has: chosen by hand."""
     many = tiles.card().many_rows_wide
     assert tiles.matmul_tile(tiles.card(), 2048, 12288, False) is many
-    x, weight = normal(2048, 64, dtype=torch.bfloat16), weight_of(256 * 9, 64, torch.bfloat16)
-    assert tiles.matmul_tile(tiles.card(), 2048, weight.n, False) is many
+    x, weight = normal(2040, 72, dtype=torch.bfloat16), weight_of(256 * 9, 72, torch.bfloat16)
+    assert tiles.matmul_tile(tiles.card(), 2040, weight.n, False) is many
     out = triton_ops.linear(x, weight, batch_invariant=True)
     check(out, x @ weight.data.T, x.double() @ weight.data.double().T)
 
@@ -63,6 +67,18 @@ def test_a_row_has_the_same_bits_at_every_row_count(dtype: torch.dtype, n: int, 
         assert torch.equal(sums(x[:rows], weight), whole[:rows]), rows
     assert torch.equal(sums(x[90:93], weight), whole[90:93])
     assert torch.equal(triton_ops.linear(x[:5], weight, batch_invariant=True), whole[:5].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows, n, k", [(300, 264, 200), (128, 128, 64), (1, 72, 136), (130, 361, 352)])
+def test_the_copy_engine_brings_the_same_bits(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
+    """By descriptors and by pointers; 361 fp32 sums are no multiple of 16 bytes, and the descriptors step aside."""
+    tile = MatmulTile(128, 128, 64, 3, 8)
+    x, weight = normal(rows, k, dtype=dtype), weight_of(n, k, dtype)
+    whole = sums(x, weight, tile)
+    assert torch.equal(sums(x, weight, replace(tile, tma=True)), whole)
+    assert torch.equal(sums(x[: rows // 2 + 1], weight, replace(tile, tma=True)), whole[: rows // 2 + 1])
+    assert error(whole, x.double() @ weight.data.double().T) < 1e-6
 
 
 @pytest.mark.parametrize("rows", [1, 16, 30])

@@ -31,6 +31,8 @@ PREFILL = ("test_attention_kernels.py", "test_prefill and dtype2")
 CUTS = ("test_attention_kernels.py", "how_it_was_cut")
 LINEAR = ("test_matmul_kernel.py", "test_linear and 352")
 BITS = ("test_matmul_kernel.py", "same_bits")
+COPIES = ("test_matmul_kernel.py", "copy_engine")
+WIDE = ("test_matmul_kernel.py", "widest")
 ROWS = ("test_row_kernels.py", "dtype2")
 SAMPLE = ("test_sample_kernels.py", "filtered and 512")
 EDGES = ("test_sample_kernels.py", "greedy or finite or ties")
@@ -77,6 +79,16 @@ BUGS = [
         "acc = (acc + tl.dot(x, weight.T)) if FEW else tl.dot(x, weight.T, acc)",
         BITS,
     ),
+    Bug("descriptor: row and column swapped", "matmul", "store([row, column]", "store([column, row]", COPIES),
+    Bug("descriptor: always the first k", "matmul", "x_desc.load([row, k])", "x_desc.load([row, 0])", COPIES),
+    Bug(
+        "descriptor: another order of summation",
+        "matmul",
+        "acc = tl.dot(x_desc.load([row, k]), weight_desc.load([column, k]).T, acc,",
+        "acc += tl.dot(x_desc.load([row, k]), weight_desc.load([column, k]).T,",
+        COPIES,
+    ),
+    Bug("bands of tiles overlap", "matmul", "program // band * GROUP", "program // band", WIDE),
     Bug("missing residual", "rms_norm", "x.to(tl.float32) + residual.to(tl.float32)", "x.to(tl.float32)", ROWS),
     Bug("mean over the padding", "rms_norm", "0) / D + eps", "0) / BLOCK_D + eps", ROWS),
     Bug("no eps", "rms_norm", "/ D + eps)", "/ D)", ("test_row_kernels.py", "eps")),
