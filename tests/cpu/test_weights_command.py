@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -38,6 +39,7 @@ from llama.tensor_file import read_safetensors
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import weights  # noqa: E402
+import weights_load  # noqa: E402
 import weights_plan  # noqa: E402
 import weights_target  # noqa: E402
 from weights_forms import HfWriter, meta_params  # noqa: E402
@@ -479,6 +481,60 @@ def test_load_measures(capsys: pytest.CaptureFixture[str], hf: Path) -> None:
     found = report(capsys, "load", hf, "--rounds", 2)
     assert found["bytes"] == (hf / "model.safetensors").stat().st_size
     assert found["share_of_copy"] > 0 and len(found["rounds"]) == 2
+    assert found["most_disk_bytes_in_a_turn"] < found["bytes"]  # it was written a moment ago
+
+
+def test_load_says_when_the_disk_was_measured(
+    capsys: pytest.CaptureFixture[str], hf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = itertools.count(0, 3 * 10**9)
+    monkeypatch.setattr(weights_load, "_io", lambda name: next(reads))
+    code, text = run(capsys, "load", hf, "--rounds", 1)
+    assert code == 0 and "3.00 GB of one turn came from disk: the page cache and the weights do not both fit" in text
+
+
+def test_load_refuses(capsys: pytest.CaptureFixture[str], hf: Path, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", hf)
+    refused(capsys, 1, "is GGUF, which the engine does not load; convert it first", "load", tmp_path / "model.gguf")
+    refused(capsys, 1, "device='cuda:77': this machine has", "load", hf, "--device", "cuda:77")
+    refused(capsys, 1, "device='tpu': must be 'auto'", "load", hf, "--device", "tpu")
+    refused(capsys, 1, "rounds=0: must be at least 1", "load", hf, "--rounds", 0)
+
+
+def cached(path: Path) -> bool:
+    """Whether the first bytes of a file are in the page cache."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.preadv(fd, [bytearray(4096)], 0, os.RWF_NOWAIT) == 4096
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def test_what_was_read_leaves_the_page_cache_where_memory_is_short(
+    capsys: pytest.CaptureFixture[str], hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are read from first to last; a file whose end was read is no longer held when the next one is."""
+    files = [tmp_path / "first", tmp_path / "second"]
+    for path in files:
+        with path.open("wb") as file:
+            file.write(bytes(4 << 20))
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached(files[0]):
+        pytest.skip("needs a file system on a disk; this one keeps its pages")
+    monkeypatch.setattr(weights_load, "_DISTANCE", 1 << 20)
+    with weights_load._dropping_behind(files):
+        for path in files:
+            path.read_bytes()
+            assert cached(path)
+        until = time.monotonic() + 20
+        while cached(files[0]) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not cached(files[0])
+    monkeypatch.setattr(weights_load, "available_memory", lambda device: 0)
+    assert report(capsys, "load", hf, "--rounds", 1)["share_of_copy"] > 0
 
 
 # --- bad input: a sentence with the next step, an exit code, the source untouched ---------------------------------
