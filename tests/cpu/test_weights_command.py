@@ -675,6 +675,25 @@ def test_a_disk_that_fills_up_meanwhile(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
 
 
+@pytest.mark.parametrize("form", ["hf", "meta"])
+def test_a_limit_on_the_size_of_files(tmp_path: Path, hf: Path, form: str) -> None:
+    """The system itself says no, in the middle of torch's own writing as well."""
+    code = (
+        "import resource, sys, weights\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        f"sys.exit(weights.main(['convert', 'hf', 'out', '--to', '{form}']))\n"
+    )
+    path = os.pathsep.join((str(ROOT), str(ROOT / "scripts")))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 3, done.stderr
+    assert "free some space or name another folder. Nothing was left behind" in done.stderr
+    assert "enforce fail" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
 def test_an_interrupt_leaves_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, hf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
