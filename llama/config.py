@@ -109,7 +109,9 @@ class ModelConfig:
             return config
         if (folder / "params.json").is_file():
             return from_meta(read_json(folder / "params.json"))
-        raise LoadError(folder, "holds neither config.json (Hugging Face) nor params.json (Meta)")
+        raise LoadError(
+            folder, "holds neither config.json (Hugging Face) nor params.json (Meta); name the folder that has it"
+        )
 
 
 NAMED = {

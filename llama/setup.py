@@ -52,7 +52,7 @@ def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
     """Read the model's description and divide the memory. Raises ConfigError, LoadError, TokenizerError."""
     folder = None if isinstance(model, ModelConfig) else find_model(model)
     shape = model if isinstance(model, ModelConfig) else read_config(find_model(model))
-    device = _device(config.device)
+    device = find_device(config.device)
     if config.compile and device.type != "cpu":
         raise ConfigError("compile", True, f"is for the CPU; on {device.type} decode steps are CUDA graphs")
     dtype = _dtype(config.dtype, shape.dtype, device)
@@ -108,7 +108,8 @@ def find_model(model: str | Path) -> Path:
     return folder
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a name as in `EngineConfig.device`. Raises ConfigError for a card that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda"):

@@ -17,11 +17,8 @@ Exit codes: 0 done; 1 the source is at fault; 2 the question makes no sense; 3 t
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import resource
 import signal
-import statistics
 import sys
 import time
 from collections import Counter
@@ -30,16 +27,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from weights_load import measure_load
 from weights_plan import CARDS, FORMATS, plan_all, table
 from weights_source import GGUF, HF, META, Source, named_model, open_source, random_source, sha256, shape_of
 from weights_target import WriteError
 from weights_verify import checks
 from weights_write import Written, write_checkpoint
 
-from llama.checkpoint import load_parameters
-from llama.config import DTYPES
-from llama.errors import CheckpointError, ConfigError, EngineError, LoadError
-from llama.tensor_file import TensorFile
+from llama.config import DTYPES, EngineConfig
+from llama.errors import CheckpointError, ConfigError, EngineError
+from llama.setup import find_device
 
 FORMS = {"hf": HF, "meta": META}
 
@@ -218,44 +215,30 @@ def plan(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 
 def load(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    """The loader and a plain copy of the files into fresh memory, in turns. The first round of each only warms up."""
     source = open_source(args.source)
-    if source.kind == GGUF:
-        raise LoadError(source.path, "is GGUF, which the engine does not load; convert it first")
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype or source.config.dtype)
-
-    def loader() -> None:
-        load_parameters(source.path, source.config, dtype, device, progress=False)
-
-    def copy() -> None:
-        for path in source.files:
-            file = TensorFile(path)
-            file.read_into(0, memoryview(torch.empty(file.size, dtype=torch.uint8).numpy().data))
-
-    timed(loader)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    timed(copy)
-    rounds = [(timed(loader), timed(copy)) for _ in range(args.rounds)]
-    nbytes = sum(path.stat().st_size for path in source.files)
-    rates = [nbytes / statistics.median(side) / 1e9 for side in zip(*rounds, strict=True)]
-    share = statistics.median(plain / ours for ours, plain in rounds)
+    if args.rounds < 1:
+        raise ConfigError("rounds", args.rounds, "must be at least 1")
+    device = find_device(EngineConfig(device=args.device).device)
+    dtype = getattr(torch, args.dtype or source.config.dtype)
+    found = measure_load(source, dtype, device, args.rounds)
+    ours, plain = (rate / 1e9 for rate in found.rates)
     report = {
-        "path": str(source.path), "bytes": nbytes, "device": args.device, "dtype": str(dtype).removeprefix("torch."),
-        "load_gb_per_second": rates[0], "copy_gb_per_second": rates[1], "share_of_copy": share,
-        "rounds": rounds, "peak_host_bytes": peak, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+        "path": str(source.path), "bytes": found.nbytes, "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."), "load_gb_per_second": ours, "copy_gb_per_second": plain,
+        "share_of_copy": found.share, "rounds": [(a.seconds, b.seconds) for a, b in found.rounds],
+        "most_disk_bytes_in_a_turn": found.most_from_disk, "peak_host_bytes": found.peak_host_bytes,
+        "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
     }  # fmt: skip
     text = (
-        f"load {rates[0]:.2f} GB/s, plain copy {rates[1]:.2f} GB/s: {share:.0%} (median of {args.rounds} pairs); "
-        f"peak host memory {peak / 2**30:.2f} GiB for {nbytes / 2**30:.2f} GiB of files"
+        f"load {ours:.2f} GB/s, plain copy {plain:.2f} GB/s: {found.share:.0%} (median of {args.rounds} rounds); "
+        f"peak host memory {found.peak_host_bytes / 2**30:.2f} GiB for {found.nbytes / 2**30:.2f} GiB of files"
     )
+    if found.most_from_disk > found.nbytes / 100:
+        text += (
+            f"\n{found.most_from_disk / 1e9:.2f} GB of one turn came from disk: the page cache and the weights do not "
+            "both fit in this machine's memory, so these figures are the disk's as well"
+        )
     return {**report, "text": text}, 0
-
-
-def timed(what: Any) -> float:
-    gc.collect()
-    started = time.perf_counter()
-    what()
-    return time.perf_counter() - started
 
 
 def _bars(args: argparse.Namespace) -> bool:

@@ -5,6 +5,7 @@ A writer takes rows of tensors in any number of pieces, each tensor's from its f
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zipfile
@@ -184,7 +185,9 @@ def _reserve(path: Path, config: ModelConfig, dtypes: dict[str, str], parts: int
         with torch.serialization.skip_data():
             torch.save(tensors, path)
     except RuntimeError as error:  # torch's word for a full disk
-        raise OSError(str(error).splitlines()[0]) from error
+        raise OSError(
+            errno.EIO, f"{path.name} could not be written whole; the disk, or a limit on it, is full"
+        ) from error
 
 
 def _write_sums(out: OutFile, sums: dict[int, int]) -> None:

@@ -8,6 +8,7 @@ every cached key and value once, and multiplies every weight by B rows:
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ class Card:
 
 # H200: measured with a copy and a large matmul; fp8 twice bf16, as the datasheet has it. The others: datasheets, dense.
 CARDS = {
-    "H200": Card(139 * 2**30, 4.3e12, 790e12, 1580e12, "measured; fp8 twice bf16"),
+    "H200": Card(139 * 2**30, 4.3e12, 790e12, 1580e12, "sold as 141 GB; measured, fp8 as twice bf16"),
     "B200": Card(180e9, 7.7e12, 2250e12, 4500e12, "datasheet"),
     "H100": Card(80e9, 3.35e12, 989e12, 1979e12, "datasheet, SXM"),
     "A100-80GB": Card(80e9, 2.039e12, 312e12, None, "datasheet, SXM"),
@@ -52,13 +53,23 @@ class Format:
     multiplies_in: str
 
 
-# int4: groups of 128 with an fp16 scale. int8 and int4 are turned into bf16 on the way to the tensor cores.
 FORMATS = {
     "bf16": Format(16, 2, "bf16"),
     "fp8": Format(8, 1, "fp8"),
     "int8": Format(8, 1, "bf16"),
     "int4": Format(4.125, 1, "bf16"),
 }
+# What the figures take for granted; printed with every plan.
+ASSUMPTIONS = (
+    "Speeds are the roofline's limits, which no engine passes: each step reads every weight and every cached key and "
+    "value once at the card's bandwidth; real engines reach a part of it.",
+    "The whole context is filled in every slot. A prompt's attention runs at three quarters of the bf16 rate.",
+    "fp8, int8, int4: the layers' matrices only; embedding and output matrix stay bf16, the KV cache is fp8. int4 has "
+    "an fp16 scale for each 128 weights; int8 and int4 are multiplied as bf16.",
+    "Memory: 1 GB of the card is CUDA's own, and 92 % of what weights and activations leave becomes KV cache, as in "
+    "the engine's own plan.",
+    "This is about the card and not about this engine: which of these formats the engine runs, its README says.",
+)
 # CUDA's own memory, before the engine takes its share of what is left; both as in llama/cache.py on a fresh card.
 _CONTEXT = 1e9
 _SHARE = 0.92
@@ -92,7 +103,14 @@ def plan_all(model: ModelConfig, card_name: str, slots: int, context: int | None
         raise ConfigError("context", context, f"must be 1 to {model.max_seq_len}, the model's own")
     card = CARDS[card_name]
     plans = [asdict(plan_one(model, card, name, slots, context)) for name in formats]
-    return {"card": card_name, **asdict(card), "slots": slots, "context": context, "plans": plans}
+    return {
+        "card": card_name,
+        **asdict(card),
+        "slots": slots,
+        "context": context,
+        "plans": plans,
+        "assumptions": ASSUMPTIONS,
+    }
 
 
 def plan_one(model: ModelConfig, card: Card, name: str, slots: int, context: int) -> Plan:
@@ -162,7 +180,8 @@ def _multiplying(model: ModelConfig, card: Card, kept: Format, rows: int) -> flo
 def table(found: dict[str, Any], title: str) -> str:
     """The plan as text."""
     lines = [
-        f"{title} on one {found['card']}: {found['memory'] / 1e9:.0f} GB, {found['bandwidth'] / 1e12:.2f} TB/s, "
+        f"{title} on one {found['card']}: {found['memory'] / 2**30:.0f} GiB = {found['memory'] / 1e9:.0f} GB, "
+        f"{found['bandwidth'] / 1e12:.2f} TB/s, "
         f"{found['bf16'] / 1e12:.0f} TFLOP/s bf16 ({found['source']})",
         f"{found['slots']} slots of {found['context']} tokens wanted",
         "",
@@ -185,8 +204,14 @@ def table(found: dict[str, Any], title: str) -> str:
         )
     lines += [
         "",
-        "slots: how many requests of the whole context fit at once. tok/s: the roofline's limits, for one request and",
-        f"for all slots that fit, up to the {found['slots']} wanted, with the whole context. prompt: time to read one.",
-        "Quantized formats: KV cache in fp8. The engine itself runs fp32, bf16 and fp16.",
+        "slots: how many requests of the whole context fit at once. tok/s: for one request, and for as many of the "
+        f"{found['slots']} wanted",
+        "as fit. prompt: time to read one of the whole context. What is assumed:",
+        *(textwrap.fill(text, 116, initial_indent="- ", subsequent_indent="  ") for text in found["assumptions"]),
     ]
+    if all(plan["slots_used"] == 0 for plan in found["plans"]):
+        least = min(plan["weights"] + plan["activations"] for plan in found["plans"]) / 1e9
+        lines.append(
+            f"Nothing fits: without any KV cache it takes {least:.1f} GB; try another --card, model or --context"
+        )
     return "\n".join(lines)

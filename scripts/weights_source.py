@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -127,11 +127,13 @@ def shape_of(text: str) -> ModelConfig:
     if given.get("n_heads") and "dim" in given:
         given.setdefault("head_dim", int(given["dim"] // given["n_heads"]))
     given["tie_embeddings"] = bool(given.get("tie_embeddings", 0))
-    try:
-        return ModelConfig(**given)  # type: ignore[arg-type]
-    except TypeError as error:
-        needed = "dim, n_layers, n_heads, ffn_dim and vocab_size"
-        raise ConfigError("model", text, f"a shape needs {needed}: {error}") from error
+    known = {field.name for field in fields(ModelConfig)}
+    if strange := given.keys() - known:
+        raise ConfigError("model", text, f"a shape has no {min(strange)}; it may have {', '.join(sorted(known))}")
+    needed = ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size")
+    if missing := [name for name in needed if name not in given]:
+        raise ConfigError("model", text, f"a shape needs {', '.join(needed)}; left out: {', '.join(missing)}")
+    return ModelConfig(**given)  # type: ignore[arg-type]
 
 
 def named_model(config: ModelConfig) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama.config import EngineConfig, ModelConfig, from_hf, from_meta
@@ -179,7 +179,11 @@ json_values = st.recursive(
     max_leaves=4,
 )
 
+# On a busy machine, making up the values may take longer than hypothesis likes.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
+
+@unhurried
 @given(st.dictionaries(st.sampled_from([*HF_70B, "head_dim", "rope_theta", "rope_parameters"]), json_values))
 def test_any_hf_values_are_taken_or_refused(extra: dict[str, Any]) -> None:
     try:
@@ -189,6 +193,7 @@ def test_any_hf_values_are_taken_or_refused(extra: dict[str, Any]) -> None:
     assert config.n_params > 0
 
 
+@unhurried
 @given(st.dictionaries(st.sampled_from([*META_70B, "rope_theta", "max_seq_len"]), json_values))
 def test_any_meta_values_are_taken_or_refused(extra: dict[str, Any]) -> None:
     try:

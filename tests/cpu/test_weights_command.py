@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -38,6 +39,7 @@ from llama.tensor_file import read_safetensors
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import weights  # noqa: E402
+import weights_load  # noqa: E402
 import weights_plan  # noqa: E402
 import weights_target  # noqa: E402
 from weights_forms import HfWriter, meta_params  # noqa: E402
@@ -435,7 +437,9 @@ def test_plan_of_70b_on_one_card(capsys: pytest.CaptureFixture[str]) -> None:
     assert 3 <= plans["bf16"]["slots_that_fit"] < 10 < 30 < plans["fp8"]["slots_that_fit"]
     assert plans["int4"]["tokens_per_second_all"] > plans["fp8"]["tokens_per_second_all"]
     code, text = run(capsys, "plan", "70B")
-    assert code == 0 and all(name in text for name in ("bf16", "fp8", "int8", "int4", "137.95 GB"))
+    assert code == 0 and all(name in text for name in ("bf16", "fp8", "int8", "int4", "137.95 GB", "139 GiB"))
+    flat = " ".join(text.split())
+    assert found["assumptions"] and all(assumed in flat for assumed in found["assumptions"])
 
 
 def test_plan_divides_memory_as_the_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,12 +459,13 @@ def test_plan_refuses(capsys: pytest.CaptureFixture[str], hf: Path) -> None:
         (("70B", "--slots", 0), "slots=0"),
         (("6B",), "is none of 7B, 13B, 70B"),
         (("dim=64,n_layers=x",), "must be name=number"),
-        (("dim=64,n_layers=2",), "a shape needs dim"),
-        (("dim=64,n_layers=2,n_heads=3,wings=2,ffn_dim=2,vocab_size=9",), "wings"),
+        (("dim=64,n_layers=2",), "left out: n_heads, ffn_dim, vocab_size"),
+        (("dim=64,n_layers=2,n_heads=3,wings=2,ffn_dim=2,vocab_size=9",), "has no wings; it may have"),
     ):
         code, text = run(capsys, "plan", *args)
         assert code == 2 and part in text, text
-    assert run(capsys, "plan", "70B", "--card", "RTX-4090")[1].count("does not fit") == 4
+    text = run(capsys, "plan", "70B", "--card", "RTX-4090")[1]
+    assert text.count("does not fit") == 4 and "Nothing fits: without any KV cache it takes 37.0 GB" in text
     assert "does not multiply it" in run(capsys, "plan", "7B", "--card", "A100-80GB")[1]
     assert run(capsys, "plan", hf)[0] == 0
 
@@ -479,6 +484,60 @@ def test_load_measures(capsys: pytest.CaptureFixture[str], hf: Path) -> None:
     found = report(capsys, "load", hf, "--rounds", 2)
     assert found["bytes"] == (hf / "model.safetensors").stat().st_size
     assert found["share_of_copy"] > 0 and len(found["rounds"]) == 2
+    assert found["most_disk_bytes_in_a_turn"] < found["bytes"]  # it was written a moment ago
+
+
+def test_load_says_when_the_disk_was_measured(
+    capsys: pytest.CaptureFixture[str], hf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = itertools.count(0, 3 * 10**9)
+    monkeypatch.setattr(weights_load, "_io", lambda name: next(reads))
+    code, text = run(capsys, "load", hf, "--rounds", 1)
+    assert code == 0 and "3.00 GB of one turn came from disk: the page cache and the weights do not both fit" in text
+
+
+def test_load_refuses(capsys: pytest.CaptureFixture[str], hf: Path, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", hf)
+    refused(capsys, 1, "is GGUF, which the engine does not load; convert it first", "load", tmp_path / "model.gguf")
+    refused(capsys, 1, "device='cuda:77': this machine has", "load", hf, "--device", "cuda:77")
+    refused(capsys, 1, "device='tpu': must be 'auto'", "load", hf, "--device", "tpu")
+    refused(capsys, 1, "rounds=0: must be at least 1", "load", hf, "--rounds", 0)
+
+
+def cached(path: Path) -> bool:
+    """Whether the first bytes of a file are in the page cache."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.preadv(fd, [bytearray(4096)], 0, os.RWF_NOWAIT) == 4096
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def test_what_was_read_leaves_the_page_cache_where_memory_is_short(
+    capsys: pytest.CaptureFixture[str], hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are read from first to last; a file whose end was read is no longer held when the next one is."""
+    files = [tmp_path / "first", tmp_path / "second"]
+    for path in files:
+        with path.open("wb") as file:
+            file.write(bytes(4 << 20))
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached(files[0]):
+        pytest.skip("needs a file system on a disk; this one keeps its pages")
+    monkeypatch.setattr(weights_load, "_DISTANCE", 1 << 20)
+    with weights_load._dropping_behind(files):
+        for path in files:
+            path.read_bytes()
+            assert cached(path)
+        until = time.monotonic() + 20
+        while cached(files[0]) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not cached(files[0])
+    monkeypatch.setattr(weights_load, "available_memory", lambda device: 0)
+    assert report(capsys, "load", hf, "--rounds", 1)["share_of_copy"] > 0
 
 
 # --- bad input: a sentence with the next step, an exit code, the source untouched ---------------------------------
@@ -494,7 +553,7 @@ def test_a_wrong_place(capsys: pytest.CaptureFixture[str], tmp_path: Path, hf: P
     out = tmp_path / "out"
     refused(capsys, 2, "is not a folder, nor the name 'demo'", "convert", tmp_path / "nowhere", out)
     (tmp_path / "empty").mkdir()
-    refused(capsys, 1, "holds neither config.json", "inspect", tmp_path / "empty")
+    refused(capsys, 1, "name the folder that has it", "inspect", tmp_path / "empty")
     refused(capsys, 1, "is a file; name the folder", "inspect", hf / "config.json")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
@@ -614,6 +673,25 @@ def test_a_disk_that_fills_up_meanwhile(
     )
     assert digests(tmp_path / "out") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+
+
+@pytest.mark.parametrize("form", ["hf", "meta"])
+def test_a_limit_on_the_size_of_files(tmp_path: Path, hf: Path, form: str) -> None:
+    """The system itself says no, in the middle of torch's own writing as well."""
+    code = (
+        "import resource, sys, weights\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        f"sys.exit(weights.main(['convert', 'hf', 'out', '--to', '{form}']))\n"
+    )
+    path = os.pathsep.join((str(ROOT), str(ROOT / "scripts")))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 3, done.stderr
+    assert "free some space or name another folder. Nothing was left behind" in done.stderr
+    assert "enforce fail" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
 def test_an_interrupt_leaves_nothing(
