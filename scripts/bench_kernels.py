@@ -1,8 +1,8 @@
 """Each kernel on this card, beside the ceilings measured in the same run and torch's own operation.
 
-    python scripts/bench_kernels.py               a table for people, and one JSON object on the last line
-    python scripts/bench_kernels.py --model 70B
-    python scripts/bench_kernels.py --tune        the best tile per row count, as lines for kernels/tiles.py
+    python scripts/bench.py kernels               a table for people, and one JSON object on the last line
+    python scripts/bench.py kernels --model 70B
+    python scripts/bench.py kernels --tune        the best tile per row count, as lines for kernels/tiles.py
 
 Times are medians of CUDA-graph replays on random data; a graph walks through enough copies of its inputs that no run
 finds them in the L2 cache. GB/s counts what must move once; a share is of the ceiling that binds (copy or matmul).
@@ -11,12 +11,12 @@ finds them in the L2 cache. GB/s counts what must move once; a share is of the c
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ import triton
 import kernels
 from kernels.matmul import launch_matmul
 from kernels.tiles import MatmulTile
-from llama.config import ModelConfig
+from llama.config import NAMED, ModelConfig
+from llama.errors import ConfigError
 
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
@@ -227,18 +228,19 @@ def tune(config: ModelConfig) -> None:
         print(f"rows <= {rows:2} n {n:6}: {best[1]}  {best[0] * 1e6:.1f} us, {rate:.0f} GB/s", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="7B", help="7B, 13B or 70B: whose shapes to measure")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=list(NAMED), default="7B", help="whose shapes to measure")
     parser.add_argument("--tune", action="store_true", help="search the tiles for few rows instead")
-    arguments = parser.parse_args()
-    config = ModelConfig.named(arguments.model)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
     if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
+        raise ConfigError("device", "cpu", "the kernels are measured on a CUDA device, and there is none")
+    config = ModelConfig.named(args.model)
     torch.manual_seed(0)
-    if arguments.tune:
+    if args.tune:
         tune(config)
-        return
+        return {"tuned": args.model}
     ceilings = measure_ceilings()
     print(f"{torch.cuda.get_device_name()}: copy {ceilings.copy:.0f} GB/s, read {ceilings.read:.0f} GB/s, ", end="")
     print(f"bf16 matmul {ceilings.matmul:.0f} TFLOP/s; torch {torch.__version__}, triton {triton.__version__}")
@@ -248,16 +250,9 @@ def main() -> None:
         bench.attention()
         bench.rows()
         bench.sampling()
-    figures = {
-        "command": f"bench_kernels --model {arguments.model}",
+    return {
         "card": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
         "triton": triton.__version__,
         "ceilings": asdict(ceilings),
         "kernels": [asdict(line) for line in bench.lines],
     }
-    print(json.dumps(figures))
-
-
-if __name__ == "__main__":
-    main()
