@@ -1,9 +1,4 @@
-"""What fits on a card and how fast it could be: arithmetic on shapes and datasheets; no GPU and no weights needed.
-
-The speeds are limits that no engine passes. A decode step of B sequences with c tokens each reads every weight and
-every cached key and value once, and multiplies every weight by B rows:
-    t = max(streamed / bandwidth, linear flops) + B * c * kv_bytes / bandwidth        tok/s = B / t
-"""
+"""What fits on a card and how fast it could be: arithmetic on shapes and datasheets; no GPU and no weights needed."""
 
 from __future__ import annotations
 
@@ -12,20 +7,10 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from roofline import Card, Format, decode_rate, kv_bytes, prefill_seconds, resident
+
 from llama.config import EngineConfig, ModelConfig
 from llama.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Card:
-    """memory: bytes. bandwidth: bytes/s. bf16, fp8: dense multiplications and additions/s; fp8 None: has none."""
-
-    memory: float
-    bandwidth: float
-    bf16: float
-    fp8: float | None
-    source: str
-
 
 # H200: measured with a copy and a large matmul; fp8 twice bf16, as the datasheet has it. The others: datasheets, dense.
 CARDS = {
@@ -40,19 +25,7 @@ CARDS = {
     "RTX-3090": Card(24e9, 0.936e12, 71e12, None, "datasheet"),
 }
 
-
-@dataclass(frozen=True)
-class Format:
-    """How the matrices are kept. bits: of one weight, scales included. kv_bytes: of one cached number.
-
-    Embedding and output matrix stay bf16 in every format.
-    """
-
-    bits: float
-    kv_bytes: int
-    multiplies_in: str
-
-
+# int4: groups of 128 with an fp16 scale. int8 and int4 are turned into bf16 on the way to the tensor cores.
 FORMATS = {
     "bf16": Format(16, 2, "bf16"),
     "fp8": Format(8, 1, "fp8"),
@@ -117,7 +90,7 @@ def plan_one(model: ModelConfig, card: Card, name: str, slots: int, context: int
     kept = FORMATS[name]
     weights = resident(model, kept)
     acts = activations(model, EngineConfig())
-    kv = 2 * model.n_layers * model.kv_dim * kept.kv_bytes
+    kv = kv_bytes(model, kept)
     block = EngineConfig().block_size
     left = (card.memory - _CONTEXT - weights - acts) * _SHARE
     blocks = max(0, int(left) // (kv * block) - 1)  # one block is padding
@@ -125,27 +98,10 @@ def plan_one(model: ModelConfig, card: Card, name: str, slots: int, context: int
     used = min(slots, fit)
     alone = everyone = prefill = None
     if used and (card.fp8 or kept.multiplies_in != "fp8"):
-        alone = decode_rate(model, card, name, 1, context)
-        everyone = decode_rate(model, card, name, used, context)
-        prefill = prefill_seconds(model, card, name, context)
+        alone = decode_rate(model, card, kept, 1, context)
+        everyone = decode_rate(model, card, kept, used, context)
+        prefill = prefill_seconds(model, card, kept, context)
     return Plan(name, weights, acts, kv, blocks * block * kv, blocks * block, fit, used, alone, everyone, prefill)
-
-
-def linear_parameters(model: ModelConfig) -> int:
-    """Of the layers' matrices."""
-    per_layer = model.dim * (2 * model.q_dim + 2 * model.kv_dim) + 3 * model.dim * model.ffn_dim
-    return model.n_layers * per_layer
-
-
-def resident(model: ModelConfig, kept: Format) -> float:
-    """Bytes of all weights on the card."""
-    linear = linear_parameters(model)
-    return linear * kept.bits / 8 + 2 * (model.n_params - linear)
-
-
-def streamed(model: ModelConfig, kept: Format) -> float:
-    """Bytes of weights that a step reads: all but the embedding, of which it takes a few rows."""
-    return linear_parameters(model) * kept.bits / 8 + 2 * model.vocab_size * model.dim
 
 
 def activations(model: ModelConfig, engine: EngineConfig) -> int:
@@ -153,28 +109,6 @@ def activations(model: ModelConfig, engine: EngineConfig) -> int:
     widest = 4 * model.dim + model.q_dim + 2 * model.kv_dim + 3 * model.ffn_dim
     logit_rows = min(engine.max_batch_seqs, engine.max_batch_tokens)
     return engine.max_batch_tokens * widest * 2 + 4 * logit_rows * model.vocab_size * 4
-
-
-def decode_rate(model: ModelConfig, card: Card, name: str, batch: int, context: int) -> float:
-    """Tokens per second of `batch` sequences that each have `context` tokens: the roofline's limit."""
-    kept = FORMATS[name]
-    kv = 2 * model.n_layers * model.kv_dim * kept.kv_bytes
-    reading = streamed(model, kept) / card.bandwidth
-    return batch / (max(reading, _multiplying(model, card, kept, batch)) + batch * context * kv / card.bandwidth)
-
-
-def prefill_seconds(model: ModelConfig, card: Card, name: str, tokens: int) -> float:
-    """Seconds for one prompt: the matrices, then attention at three quarters of the bf16 rate."""
-    kept = FORMATS[name]
-    flops = card.fp8 if kept.multiplies_in == "fp8" and card.fp8 else card.bf16
-    matrices = max(2 * linear_parameters(model) * tokens / flops, streamed(model, kept) / card.bandwidth)
-    return matrices + 2 * tokens**2 * model.q_dim * model.n_layers / (0.75 * card.bf16)
-
-
-def _multiplying(model: ModelConfig, card: Card, kept: Format, rows: int) -> float:
-    """Seconds of a step's matrix products; the output matrix is always bf16."""
-    flops = card.fp8 if kept.multiplies_in == "fp8" and card.fp8 else card.bf16
-    return 2 * rows * (linear_parameters(model) / flops + model.vocab_size * model.dim / card.bf16)
 
 
 def table(found: dict[str, Any], title: str) -> str:

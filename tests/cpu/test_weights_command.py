@@ -42,6 +42,7 @@ import weights  # noqa: E402
 import weights_load  # noqa: E402
 import weights_plan  # noqa: E402
 import weights_target  # noqa: E402
+from roofline import decode_rate, prefill_seconds  # noqa: E402
 from weights_forms import HfWriter, meta_params  # noqa: E402
 from weights_gguf import gguf_table  # noqa: E402
 
@@ -422,9 +423,10 @@ def test_plan_gives_the_rooflines_table(capsys: pytest.CaptureFixture[str]) -> N
     card = weights_plan.CARDS["H200"]
     for (name, kept), rates in table.items():
         for batch, rate in zip((1, 8, 32, 64), rates, strict=True):
-            found = weights_plan.decode_rate(ModelConfig.named(name), card, kept, batch, 512)
+            found = decode_rate(ModelConfig.named(name), card, weights_plan.FORMATS[kept], batch, 512)
             assert found == pytest.approx(rate, rel=0.005), (name, kept, batch)
-    assert weights_plan.prefill_seconds(ModelConfig.named("70B"), card, "fp8", 2048) == pytest.approx(0.187, rel=0.01)
+    seconds = prefill_seconds(ModelConfig.named("70B"), card, weights_plan.FORMATS["fp8"], 2048)
+    assert seconds == pytest.approx(0.187, rel=0.01)
 
 
 def test_plan_of_70b_on_one_card(capsys: pytest.CaptureFixture[str]) -> None:

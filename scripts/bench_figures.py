@@ -1,0 +1,110 @@
+"""Repeated measurements, taken in turns, and ratios of them that are refused when they would mean nothing."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+OURS = "ours"
+MIN_ROUNDS = 3  # a spread over fewer says nothing
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Repeated measurements of one thing, in the order in which they were taken."""
+
+    values: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> float:
+        return (max(self.values) - min(self.values)) / self.median
+
+    def over(self, other: Figure) -> Figure:
+        """The ratio in each round; what slowed both sides of a round cancels."""
+        return Figure([a / b for a, b in zip(self.values, other.values, strict=True)])
+
+
+def add_arguments(parser: argparse.ArgumentParser, rounds: int = 5) -> None:
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"measurements of each side (default: {rounds})")
+    parser.add_argument(
+        "--max-spread",
+        type=float,
+        default=0.3,
+        help="refuse a ratio whose (max - min) / median over the rounds is above this (default: 0.3)",
+    )
+
+
+def alternate(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Figure]:
+    """Measure the sides in turn, A B A B ..., after one warm-up each, so that a drifting machine meets both."""
+    for run in sides.values():
+        run()
+    values: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            values[name].append(run())
+    return {name: Figure(found) for name, found in values.items()}
+
+
+def best_peers(figures: Mapping[str, Figure]) -> list[str]:
+    """Of each peer the fastest of its ways. A name is a peer's, then perhaps a blank and a way: "transformers sdpa"."""
+    best: dict[str, str] = {}
+    for name, figure in figures.items():
+        peer = name.split()[0]
+        if name != OURS and (peer not in best or figure.median > figures[best[peer]].median):
+            best[peer] = name
+    return list(best.values())
+
+
+def why_not(figures: Mapping[str, Figure], name: str, max_spread: float) -> str | None:
+    """Why ours / name is no ratio to report, or None."""
+    ratio = figures[OURS].over(figures[name])
+    if len(ratio.values) < MIN_ROUNDS:
+        return f"{len(ratio.values)} rounds, at least {MIN_ROUNDS} are needed to tell the noise"
+    if ratio.spread > max_spread:
+        return f"too noisy to compare: the ratio's spread of {ratio.spread:.0%} is above {max_spread:.0%}"
+    return None
+
+
+def beside(
+    title: str,
+    figures: Mapping[str, Figure],
+    unit: str,
+    max_spread: float,
+    refused: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Print each side's median and the ratio of ours to each peer's best way; the same as plain data.
+
+    figures: rates, more is better; "ours" is one of them. refused: peers that could not be measured, and why. No ratio
+    is reported for those, nor where there was too much noise.
+    """
+    reasons = dict(refused or {})
+    ratios: dict[str, Any] = {}
+    for name in best_peers(figures):
+        reason = why_not(figures, name, max_spread)
+        if reason is None:
+            ratio = figures[OURS].over(figures[name])
+            ratios[name] = {"ratio": round(ratio.median, 3), "spread": round(ratio.spread, 3)}
+        else:
+            reasons[name] = reason
+    print(title)
+    for name, figure in figures.items():
+        against = (
+            f"  ours is {ratios[name]['ratio']:.2f}x (spread {ratios[name]['spread']:.0%})" if name in ratios else ""
+        )
+        print(f"  {name:20} {figure.median:>10.1f} {unit} (spread {figure.spread:.0%}){against}")
+    for name, reason in reasons.items():
+        print(f"  {name:20} no ratio: {reason}")
+    return {
+        "unit": unit,
+        "medians": {name: round(figure.median, 2) for name, figure in figures.items()},
+        "spreads": {name: round(figure.spread, 3) for name, figure in figures.items()},
+        "ratios": ratios,
+        "refused": reasons,
+    }

@@ -1,0 +1,34 @@
+"""An offline batch: prompts of 8 to 64 tokens with outputs of 16 to 256, beside transformers' batched generate."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from functools import partial
+from typing import Any
+
+import bench_figures
+import bench_model
+from bench_figures import alternate, beside
+from bench_model import make_engine, model_config, model_source, model_title, random_prompt
+from bench_sides import Ours, Side, transformers_sides
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    bench_model.add_arguments(parser)
+    bench_model.add_invariance(parser)
+    bench_figures.add_arguments(parser)
+    parser.add_argument("--prompts", type=int, default=64)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    config, dice = model_config(args), random.Random(2)
+    prompts = [random_prompt(config, dice.randint(8, 64), dice) for _ in range(args.prompts)]
+    lengths = [min(dice.randint(16, 256), config.max_seq_len - 64) for _ in range(args.prompts)]
+    peers, refused = transformers_sides(model_source(args), args.dtype, args.device, ["sdpa"])
+    with make_engine(args, args.prompts, min(320, config.max_seq_len), args.batch_invariant) as engine:
+        sides: list[Side] = [Ours(engine), *peers]
+        figures = alternate({side.name: partial(side.batch, prompts, lengths) for side in sides}, args.rounds)
+    title = f"{args.prompts} prompts of 8 to 64 tokens, 16 to 256 new: {model_title(args)}"
+    found = beside(title, figures, "output tok/s", args.max_spread, refused)
+    return {"model": args.model or args.shape, "dtype": args.dtype, "prompts": args.prompts, **found}

@@ -1,0 +1,173 @@
+"""The engines that are measured beside each other, behind one set of questions: ours, and transformers.
+
+Everything is greedy and ignores end tokens, so that every side computes exactly the tokens that were asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from bench_model import greedy
+
+from llama.config import ModelConfig
+from llama.engine import Engine
+from llama.request import Request
+
+try:
+    import transformers
+except ImportError:
+    transformers = None  # type: ignore[assignment]
+
+
+class Side(Protocol):
+    """An engine with its weights in memory. All rates are tokens per second."""
+
+    name: str
+
+    def prefill(self, prompt: list[int]) -> float:
+        """Prompt tokens, from the call to the first new token in hand."""
+
+    def decode(self, prompt: list[int], n: int) -> float:
+        """New tokens of one sequence, n of them, timed from the first one on."""
+
+    def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
+        """New tokens of prompts begun at once, lengths[i] of prompt i, the time for the prompts included."""
+
+    def tokens(self, prompt: list[int], n: int) -> list[int]:
+        """The n tokens after the prompt."""
+
+
+class Ours:
+    name = "ours"
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def prefill(self, prompt: list[int]) -> float:
+        start = time.perf_counter()
+        stream = self.engine.submit(Request([prompt], greedy(1)))
+        assert next(stream).token_ids
+        return len(prompt) / (time.perf_counter() - start)
+
+    def decode(self, prompt: list[int], n: int) -> float:
+        stream = self.engine.submit(Request([prompt], greedy(n)))
+        got = len(next(stream).token_ids)
+        start = time.perf_counter()
+        rest = sum(len(delta.token_ids) for delta in stream)
+        taken = time.perf_counter() - start
+        assert got + rest == n
+        return rest / taken
+
+    def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
+        start = time.perf_counter()
+        done = self.engine.generate(prompts, [greedy(n) for n in lengths])
+        taken = time.perf_counter() - start
+        assert [len(one.token_ids) for one in done] == lengths
+        return sum(lengths) / taken
+
+    def tokens(self, prompt: list[int], n: int) -> list[int]:
+        return self.engine.generate([prompt], greedy(n))[0].token_ids
+
+
+def load_transformers(source: ModelConfig | Path, dtype: str, device: str) -> Any:
+    """LlamaForCausalLM from a folder or with random weights of a shape; None where transformers is not installed."""
+    if transformers is None:
+        return None
+    kind = getattr(torch, dtype)
+    if isinstance(source, Path):
+        model = transformers.LlamaForCausalLM.from_pretrained(source, dtype=kind)
+    else:
+        config = transformers.LlamaConfig(
+            hidden_size=source.dim,
+            num_hidden_layers=source.n_layers,
+            num_attention_heads=source.n_heads,
+            num_key_value_heads=source.n_kv_heads,
+            intermediate_size=source.ffn_dim,
+            vocab_size=source.vocab_size,
+            max_position_embeddings=source.max_seq_len,
+        )
+        with torch.device(device):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=kind)
+    return model.to(torch.device(device)).eval()
+
+
+def transformers_sides(
+    source: ModelConfig | Path, dtype: str, device: str, ways: Sequence[str] = ("eager", "sdpa")
+) -> tuple[list[Side], dict[str, str]]:
+    """A side for each way of attention, sharing the weights; or none, and why."""
+    model = load_transformers(source, dtype, device)
+    if model is None:
+        return [], {"transformers": "is not installed"}
+    return [Transformers(model, way) for way in ways], {}
+
+
+class Clock:
+    """What `generate` hands its tokens to: notes when the first new one came."""
+
+    def __init__(self) -> None:
+        self.calls, self.first = 0, 0.0
+
+    def put(self, _: object) -> None:
+        self.calls += 1
+        if self.calls == 2:  # the prompt itself is the first call
+            self.first = time.perf_counter()
+
+    def end(self) -> None:
+        pass
+
+
+class Transformers:
+    """attention: "eager" or "sdpa"; two sides may share one model."""
+
+    def __init__(self, model: Any, attention: str) -> None:
+        self.name = f"transformers {attention}"
+        self.model, self.attention = model, attention
+
+    def prefill(self, prompt: list[int]) -> float:
+        self._switch()
+        start = time.perf_counter()
+        self._generate([prompt], 1)
+        return len(prompt) / (time.perf_counter() - start)
+
+    def decode(self, prompt: list[int], n: int) -> float:
+        clock = Clock()
+        self._switch()
+        self._generate([prompt], n, clock)
+        return (n - 1) / (time.perf_counter() - clock.first)
+
+    def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
+        """Padded on the left, and every row run to the longest output; only what was asked for counts."""
+        self._switch()
+        start = time.perf_counter()
+        self._generate(prompts, max(lengths))
+        return sum(lengths) / (time.perf_counter() - start)
+
+    def tokens(self, prompt: list[int], n: int) -> list[int]:
+        self._switch()
+        return self._generate([prompt], n)[0][len(prompt) :]
+
+    def _switch(self) -> None:
+        """Not part of any measurement."""
+        if self.model.config._attn_implementation != self.attention:
+            self.model.set_attn_implementation(self.attention)
+
+    @torch.inference_mode()
+    def _generate(self, prompts: list[list[int]], n: int, clock: Clock | None = None) -> list[list[int]]:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
+        made = self.model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+            streamer=clock,
+        )
+        return made.tolist()
