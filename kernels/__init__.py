@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.attention_plan import AttentionPlan, CpuPlan, plan_triton
+from kernels.attention_plan import AttentionPlan, CpuPlan, check_layout, plan_triton
 from kernels.launch import HAS_TRITON, runs_triton
 from kernels.linear_weight import LinearWeight, pack_weight
 from kernels.transfer import fetch, upload
@@ -116,7 +116,9 @@ def plan_attention(
     cu_seqlens_q: [n_seqs + 1] int32. seqlens_k: [n_seqs] int32 >= 1. block_tables: [n_seqs, width] int32.
     All on the host. For a graph to capture, plan the longest lengths it will serve, one query each: replays may then
     overwrite the plan's tensors with shorter ones, and with length 0 for padding rows.
+    Raises ValueError on a layout whose rows or keys lie nowhere.
     """
+    check_layout(cu_seqlens_q, seqlens_k, block_tables, block_size)
     on_cpu = not runs_triton(device)
     starts, lengths, tables = upload(device, cu_seqlens_q, seqlens_k, block_tables)
     return AttentionPlan(

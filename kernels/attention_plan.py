@@ -127,6 +127,21 @@ class AttentionPlan:
     triton: TritonPlan | None = None
 
 
+def check_layout(cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray, tables: np.ndarray, block_size: int) -> None:
+    """ValueError unless every query has its key and every key a block: on the device nothing could be refused."""
+    n_queries = np.diff(cu_seqlens_q)
+    if cu_seqlens_q[0] != 0 or len(n_queries) != len(seqlens_k) or n_queries.min() < 1:
+        raise ValueError(f"cu_seqlens_q: expected 0 and {len(seqlens_k)} larger numbers, got {cu_seqlens_q.tolist()}")
+    if (short := np.flatnonzero(seqlens_k < n_queries)).size:
+        i = int(short[0])
+        raise ValueError(f"seqlens_k[{i}]: expected at least its {n_queries[i]} queries, got {seqlens_k[i]}")
+    if len(tables) != len(seqlens_k) or tables.shape[1] * block_size < seqlens_k.max():
+        wanted = f"[{len(seqlens_k)}, >= {-(-int(seqlens_k.max()) // block_size)}]"
+        raise ValueError(f"block_tables: expected shape {wanted}, got {list(tables.shape)}")
+    if tables.min() < 0:
+        raise ValueError(f"block_tables: expected blocks from 0 on, got {tables.min()}")
+
+
 def _span(row: int, n_queries: int, n_keys: int, table: np.ndarray, block_size: int) -> SequenceSpan:
     blocks = table[: -(-n_keys // block_size)].tolist()
     side_by_side = blocks == list(range(blocks[0], blocks[0] + len(blocks)))

@@ -26,8 +26,8 @@ from bench_machine import machine_facts
 
 from llama.errors import EngineError
 
-# Each is a module bench_SUBJECT with add_arguments(parser) and run(args) -> figures. Only the one asked for is imported:
-# `kernels` must run where nothing that `serve` needs is installed.
+# Each is a module bench_SUBJECT with add_arguments(parser) and run(args) -> figures. Only the one asked for is
+# imported, since `kernels` must run where nothing that `serve` needs is installed.
 SUBJECTS = ("overhead", "latency", "offline", "invariance", "kernels")
 
 

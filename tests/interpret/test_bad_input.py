@@ -72,3 +72,23 @@ def test_bad_input(message: str) -> None:
     with pytest.raises(ValueError) as caught:
         CALLS[message]()
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "starts, lengths, tables, named",
+    [
+        ([1, 2], [5], [[1]], "cu_seqlens_q"),
+        ([0, 1, 1], [5, 5], [[1], [2]], "cu_seqlens_q"),
+        ([0, 1], [5, 5], [[1], [2]], "cu_seqlens_q"),
+        ([0, 1, 4], [5, 2], [[1], [2]], r"seqlens_k\[1\]: expected at least its 3 queries, got 2"),
+        ([0, 1], [17], [[1]], r"block_tables: expected shape \[1, >= 2\], got \[1, 1\]"),
+        ([0, 1], [16], [[1], [2]], "block_tables: expected shape"),
+        ([0, 1], [17], [[1, -1]], "block_tables: expected blocks from 0 on, got -1"),
+    ],
+)
+def test_a_plan_whose_rows_lie_nowhere(
+    starts: list[int], lengths: list[int], tables: list[list[int]], named: str
+) -> None:
+    arrays = (np.array(part, np.int32) for part in (starts, lengths, tables))
+    with pytest.raises(ValueError, match=named):
+        kernels.plan_attention(*arrays, 16, torch.device("cpu"))
