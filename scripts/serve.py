@@ -78,30 +78,35 @@ class Loading(threading.Thread):
         self.failed = False
 
     def run(self) -> None:
-        args = self.args
-        options = {field.name: getattr(args, field.name) for field in fields(EngineConfig)}
         try:
-            first, *others = args.model
-            client = api.AsyncClient(
-                first,
-                strict=args.strict,
-                compat=args.compat,
-                special_tags=args.special_tags,
-                chat=not args.no_chat,
-                progress=sys.stderr.isatty(),
-                served_name=args.served_model_name,
-                aliases=args.alias,
-                **options,
-            )
-            for model in others:
-                client.load(model, progress=sys.stderr.isatty(), **options)
-        except (EngineError, ValueError) as error:
-            print(f"serve: {error}", file=sys.stderr)
+            client = self._load()
+        except BaseException as error:
+            expected = isinstance(error, EngineError | ValueError)
+            print(f"serve: {error if expected else repr(error)}", file=sys.stderr)
             self.failed = True
             self.http.stop()
             return
         self.server.client = client
         self.ready(client._models.find().name)
+
+    def _load(self) -> api.AsyncClient:
+        args = self.args
+        options = {field.name: getattr(args, field.name) for field in fields(EngineConfig)}
+        first, *others = args.model
+        client = api.AsyncClient(
+            first,
+            strict=args.strict,
+            compat=args.compat,
+            special_tags=args.special_tags,
+            chat=not args.no_chat,
+            progress=sys.stderr.isatty(),
+            served_name=args.served_model_name,
+            aliases=args.alias,
+            **options,
+        )
+        for model in others:
+            client.load(model, progress=sys.stderr.isatty(), **options)
+        return client
 
 
 def welcome(address: str, model: str, keys: bool) -> None:
@@ -175,7 +180,7 @@ def parse() -> argparse.Namespace:
     engine.add_argument("--kv-memory", type=size, default=default.kv_memory, help="bytes of cache: 500M, 8G")
     engine.add_argument("--max-seq-len", type=int, default=default.max_seq_len, help="a shorter context")
     engine.add_argument("--threads", type=positive, default=default.threads, help="CPU threads of one operation")
-    for name in ("prefix_cache", "batch_invariant", "cuda_graphs"):
+    for name in ("prefix_cache", "batch_invariant", "cuda_graphs", "compile", "steps_ahead"):
         flag = "--" + name.replace("_", "-")
         engine.add_argument(flag, action=argparse.BooleanOptionalAction, default=getattr(default, name))
     return parser.parse_args()
