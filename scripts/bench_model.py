@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_invariance(parser: argparse.ArgumentParser) -> None:
     """For subjects that run one engine in one mode."""
+    parser.add_argument("--compile", action="store_true", help="EngineConfig.compile: on the CPU, one sequence alone")
     parser.add_argument(
         "--batch-invariant", action=argparse.BooleanOptionalAction, help="default: the engine's own for the device"
     )
@@ -90,6 +91,7 @@ def make_engine(
         max_seq_len=max_seq_len,
         prefix_cache=prefix_cache,
         batch_invariant=batch_invariant,
+        compile=getattr(args, "compile", False),
     )
     return Engine(source or model_source(args), config, progress=False)
 

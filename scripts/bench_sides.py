@@ -78,6 +78,7 @@ def load_transformers(source: ModelConfig | Path, dtype: str, device: str) -> An
     if transformers is None:
         return None
     kind = getattr(torch, dtype)
+    model: Any
     if isinstance(source, Path):
         model = transformers.LlamaForCausalLM.from_pretrained(source, dtype=kind)
     else:

@@ -1,0 +1,158 @@
+"""llama.cpp as a side of a comparison, through llama-cpp-python's low-level calls, with the weights of a folder.
+
+It reads GGUF only, so the folder's weights are written as one first, q and k rows in the order that its rotary
+embedding wants. Sequences are decoded together, one `llama_decode` a step; logits are made for the last token of each
+sequence alone, and the best token is picked from them in place.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from weights_gguf import gguf_table
+
+from llama.checkpoint import read_config, shard_files
+from llama.meta_format import to_interleaved
+
+try:
+    import gguf
+    import llama_cpp
+except ImportError:
+    gguf = llama_cpp = None  # type: ignore[assignment]
+
+
+class LlamaCpp:
+    """n_seqs: how many sequences at most decode together. context: tokens of one of them."""
+
+    name = "llama.cpp"
+
+    def __init__(self, folder: Path, dtype: str, scratch: Path, threads: int, n_seqs: int, context: int) -> None:
+        self.config, self.n_seqs = read_config(folder), n_seqs
+        file = scratch / f"weights-{dtype}.gguf"
+        if not file.exists():
+            write_gguf(folder, file, dtype)
+        llama_cpp.llama_log_set(_SILENT, None)
+        self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_seq_max, params.n_batch = n_seqs * context, n_seqs, max(2048, n_seqs)
+        params.n_threads = params.n_threads_batch = threads
+        params.no_perf = True
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise RuntimeError("llama.cpp made no context")
+        self._batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
+
+    def close(self) -> None:
+        llama_cpp.llama_batch_free(self._batch)
+        llama_cpp.llama_free(self._context)
+        llama_cpp.llama_model_free(self._model)
+
+    def prefill(self, prompt: list[int]) -> float:
+        self._forget()
+        start = time.perf_counter()
+        self._run([(0, 0, prompt)])
+        return len(prompt) / (time.perf_counter() - start)
+
+    def decode(self, prompt: list[int], n: int) -> float:
+        self._forget()
+        (token,) = self._run([(0, 0, prompt)])
+        start = time.perf_counter()
+        for at in range(len(prompt), len(prompt) + n - 1):
+            (token,) = self._run([(0, at, [token])])
+        return (n - 1) / (time.perf_counter() - start)
+
+    def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
+        """A sequence that has its tokens drops out of the batch. At most n_seqs prompts."""
+        self._forget()
+        start = time.perf_counter()
+        last = {seq: self._run([(seq, 0, prompt)])[0] for seq, prompt in enumerate(prompts)}
+        for step in range(1, max(lengths)):
+            live = [seq for seq, n in enumerate(lengths) if n > step]
+            parts = [(seq, len(prompts[seq]) + step - 1, [last[seq]]) for seq in live]
+            last = dict(zip(live, self._run(parts), strict=True))
+        return sum(lengths) / (time.perf_counter() - start)
+
+    def tokens(self, prompt: list[int], n: int) -> list[int]:
+        self._forget()
+        made = self._run([(0, 0, prompt)])
+        while len(made) < n:
+            made += self._run([(0, len(prompt) + len(made) - 1, made[-1:])])
+        return made
+
+    def _forget(self) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+
+    def _run(self, parts: list[tuple[int, int, list[int]]]) -> list[int]:
+        """Compute (sequence, first position, tokens); the best next token of each."""
+        batch, row, wanted = self._batch, 0, []
+        for seq, first, tokens in parts:
+            for i, token in enumerate(tokens):
+                batch.token[row], batch.pos[row] = token, first + i
+                batch.n_seq_id[row], batch.seq_id[row][0] = 1, seq
+                batch.logits[row] = i + 1 == len(tokens)
+                row += 1
+            wanted.append(row - 1)
+        batch.n_tokens = row
+        if code := llama_cpp.llama_decode(self._context, batch):
+            raise RuntimeError(f"llama_decode answered {code}")
+        shape = (self.config.vocab_size,)
+        rows = (llama_cpp.llama_get_logits_ith(self._context, i) for i in wanted)
+        return [int(np.ctypeslib.as_array(logits, shape).argmax()) for logits in rows]
+
+
+if llama_cpp is not None:
+    _SILENT = llama_cpp.llama_log_callback(lambda level, text, data: None)
+
+
+def llama_cpp_missing() -> str | None:
+    """Why there can be no side of llama.cpp here, or None."""
+    return None if llama_cpp is not None else "llama-cpp-python and gguf are not installed"
+
+
+def write_gguf(folder: Path, file: Path, dtype: str) -> None:
+    """The folder's weights in GGUF, matrices in dtype, norms in fp32. The vocabulary is made up: ids are all we use."""
+    config = read_config(folder)
+    out = gguf.GGUFWriter(file, "llama")
+    out.add_context_length(config.max_seq_len)
+    out.add_embedding_length(config.dim)
+    out.add_block_count(config.n_layers)
+    out.add_feed_forward_length(config.ffn_dim)
+    out.add_head_count(config.n_heads)
+    out.add_head_count_kv(config.n_kv_heads)
+    out.add_layer_norm_rms_eps(config.norm_eps)
+    out.add_rope_freq_base(config.rope_theta)
+    out.add_rope_dimension_count(config.head_dim)
+    out.add_vocab_size(config.vocab_size)
+    out.add_tokenizer_model("llama")
+    out.add_token_list([b"<unk>", b"<s>", b"</s>"] + [f"<{i}>".encode() for i in range(3, config.vocab_size)])
+    out.add_token_scores([0.0] * config.vocab_size)
+    out.add_token_types([2, 3, 3] + [1] * (config.vocab_size - 3))  # unknown, control, normal
+    table = gguf_table(config)
+    for shard in shard_files(folder):
+        with safe_open(shard, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                if name in table:
+                    tensor = tensors.get_tensor(name)
+                    if name.endswith(("q_proj.weight", "k_proj.weight")):
+                        tensor = to_interleaved(tensor, config.head_dim)
+                    _add(out, table[name], tensor, dtype)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+def _add(out: Any, name: str, tensor: Tensor, dtype: str) -> None:
+    if tensor.dim() == 1 or dtype == "float32":
+        out.add_tensor(name, tensor.float().numpy())
+    elif dtype == "float16":
+        out.add_tensor(name, tensor.half().numpy())
+    else:
+        raw = tensor.bfloat16().view(torch.uint8).numpy()
+        out.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)

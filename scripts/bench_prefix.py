@@ -1,0 +1,54 @@
+"""What the prefix cache costs where nothing is found in it, and what it brings where a whole prompt is."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+from typing import Any
+
+import bench_figures
+import bench_model
+from bench_figures import OURS, alternate, beside
+from bench_model import make_engine, model_config, model_title, random_prompt
+from bench_sides import Ours
+
+from llama.engine import Engine
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    bench_model.add_arguments(parser)
+    bench_model.add_invariance(parser)
+    bench_figures.add_arguments(parser)
+    parser.add_argument("--prompts", type=int, default=32, help="unrelated ones, for the cost")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="of the prompt that comes again")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    config, dice = model_config(args), random.Random(6)
+    again = random_prompt(config, args.prompt_tokens, dice)
+    with (
+        make_engine(args, args.prompts, args.prompt_tokens + 64, args.batch_invariant, prefix_cache=True) as cached,
+        make_engine(args, args.prompts, args.prompt_tokens + 64, args.batch_invariant) as plain,
+    ):
+
+        def unrelated(engine: Engine) -> Callable[[], float]:
+            """New prompts in every run, the same ones for either engine."""
+            own = random.Random(7)
+            return lambda: Ours(engine).batch(
+                [random_prompt(config, 64, own) for _ in range(args.prompts)], [32] * args.prompts
+            )
+
+        cost = alternate({OURS: unrelated(cached), "without": unrelated(plain)}, args.rounds)
+        gain = alternate(
+            {OURS: lambda: Ours(cached).prefill(again), "without": lambda: Ours(plain).prefill(again)}, args.rounds
+        )
+    title = model_title(args)
+    return {
+        "model": args.model or args.shape,
+        "dtype": args.dtype,
+        "no_hits": beside(f"{args.prompts} unrelated prompts: {title}", cost, "output tok/s", args.max_spread),
+        "all_cached": beside(
+            f"a prompt of {len(again)} tokens again: {title}", gain, "tok/s to the first", args.max_spread
+        ),
+    }

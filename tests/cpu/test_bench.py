@@ -1,0 +1,90 @@
+"""The meter's own arithmetic and its refusals; nothing here looks at the clock."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import bench_compare  # noqa: E402
+from bench_figures import Figure, alternate, beside, best_peers  # noqa: E402
+from bench_model import SHAPES  # noqa: E402
+from roofline import Card, decode_rate, plain_format, prefill_seconds, serving_rate  # noqa: E402
+
+H200 = Card(139 * 2**30, 4.3e12, 790e12, None, "measured")
+BF16 = plain_format(2)
+
+
+def test_sides_are_measured_in_turns_after_a_warm_up_each() -> None:
+    calls: list[str] = []
+
+    def side(name: str) -> float:
+        calls.append(name)
+        return float(len(calls))
+
+    figures = alternate({"ours": lambda: side("a"), "peer": lambda: side("b")}, 3)
+    assert calls == ["a", "b"] + ["a", "b"] * 3
+    assert (figures["ours"].values, figures["peer"].values) == ([3.0, 5.0, 7.0], [4.0, 6.0, 8.0])
+
+
+def test_a_ratio_is_taken_round_by_round() -> None:
+    """The machine halved its speed in one round for both sides: the ratio does not know."""
+    found = beside("", {"ours": Figure([20, 10, 20]), "peer": Figure([10, 5, 10])}, "tok/s", 0.1)
+    assert found["ratios"] == {"peer": {"ratio": 2.0, "spread": 0.0}}
+    assert found["refused"] == {}
+
+
+@pytest.mark.parametrize(
+    "ours, reason",
+    [([10, 20, 30], "too noisy to compare: the ratio's spread of 100% is above 30%"), ([10, 10], "2 rounds")],
+)
+def test_no_ratio_without_a_steady_machine(ours: list[float], reason: str) -> None:
+    found = beside("", {"ours": Figure(ours), "peer": Figure([10.0] * len(ours))}, "tok/s", 0.3)
+    assert found["ratios"] == {}
+    assert found["refused"]["peer"].startswith(reason)
+
+
+def test_a_missing_peer_is_named() -> None:
+    found = beside("", {"ours": Figure([1, 1, 1])}, "tok/s", 0.3, {"llama.cpp": "is not installed"})
+    assert (found["ratios"], found["refused"]) == ({}, {"llama.cpp": "is not installed"})
+
+
+def test_of_a_peer_the_best_way_counts() -> None:
+    figures = {"ours": Figure([9]), "peer eager": Figure([1]), "peer sdpa": Figure([2]), "other": Figure([1])}
+    assert best_peers(figures) == ["peer sdpa", "other"]
+
+
+def test_other_tokens_are_no_comparison() -> None:
+    assert bench_compare.differing("peer", [1, 2, 3], [1, 2, 3]) == {}
+    assert bench_compare.differing("peer", [1, 7, 3], [1, 2, 3]) == {"peer": "its greedy token 1 in fp32 is 7, ours 2"}
+
+
+@pytest.mark.parametrize("name, batch, limit", [("7B", 1, 319), ("7B", 64, 9054), ("13B", 8, 1184), ("70B", 1, 31.3)])
+def test_decode_limits_are_those_worked_out_by_hand(name: str, batch: int, limit: float) -> None:
+    """At 512 tokens of context, 4.3 TB/s and 790 TFLOP/s."""
+    assert decode_rate(SHAPES[name], H200, BF16, batch, 512) == pytest.approx(limit, rel=0.01)
+
+
+def test_prefill_and_serving_limits() -> None:
+    assert prefill_seconds(SHAPES["7B"], H200, BF16, 2048) == pytest.approx(35.4e-3, rel=0.01)
+    assert serving_rate(SHAPES["7B"], H200, BF16, 249_000 / 1500, 1000, 1000) == pytest.approx(4583, rel=0.02)
+
+
+def test_the_last_line_is_json() -> None:
+    command = [sys.executable, str(SCRIPTS / "bench.py"), "overhead", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["what"] == "overhead"
+    assert found["us_per_token_256"] > 0
+
+
+def test_an_unknown_subject_is_refused_with_the_known_ones() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPTS / "bench.py"), "speed"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "compare" in done.stderr
