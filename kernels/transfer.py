@@ -20,7 +20,7 @@ def upload(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     # torch keeps the pinned buffer from being used again before the copy out of it has been made.
-    return unpack(pack(arrays, pin_memory=True).to(device, non_blocking=True), arrays)
+    return unpack(pack(arrays, pin_memory=device.type == "cuda").to(device, non_blocking=True), arrays)
 
 
 def fetch(tensor: Tensor) -> Tensor:
@@ -30,7 +30,8 @@ def fetch(tensor: Tensor) -> Tensor:
     """
     if tensor.device.type == "cpu":
         return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    pinned = tensor.device.type == "cuda"
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).copy_(tensor, non_blocking=True)
 
 
 def pack(arrays: Sequence[np.ndarray], pin_memory: bool) -> Tensor:
