@@ -36,6 +36,19 @@ class SequenceSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class Gather:
+    """Some sequences with one query each, whose keys are gathered for one call.
+
+    rows: [n_seqs * longest] int64, flat cache rows, 0 past the end of a sequence. mask: [n_seqs, 1, 1, longest] fp32,
+    to be added to the scores.
+    """
+
+    seqs: slice
+    rows: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class QueryTiles:
     """Query tiles of the batch-invariant twin, longest first.
 
@@ -62,6 +75,7 @@ class CpuPlan:
         self._starts, self._lengths, self._tables = cu_seqlens_q, seqlens_k, block_tables
         self._block_size = block_size
         n_seqs = len(seqlens_k)
+        self._gathers: tuple[int, list[Gather]] | None = None
         self.all_decode = n_seqs > 1 and int(cu_seqlens_q[-1]) == n_seqs
 
     @cached_property
@@ -71,18 +85,22 @@ class CpuPlan:
         columns = zip(starts[:-1], starts[1:], lengths, self._tables, strict=True)
         return [_span(row, end - row, n_keys, table, self._block_size) for row, end, n_keys, table in columns]
 
-    @cached_property
-    def gather(self) -> tuple[Tensor, Tensor]:
-        """For an all-decode batch in one call: flat cache rows [n_seqs * max_seqlen_k] int64, 0 past the end of a
-        sequence, and the mask to add to its scores [n_seqs, 1, 1, max_seqlen_k] fp32.
-        """
-        at = np.arange(int(self._lengths.max()))
-        visible = at[None, :] < self._lengths[:, None]
+    def gathers(self, n_seqs: int) -> list[Gather]:
+        """For an all-decode batch: so many sequences at a time. Kept for the layers that ask for the same."""
+        if self._gathers is None or self._gathers[0] != n_seqs:
+            n = len(self._lengths)
+            parts = [self._gather(slice(first, min(first + n_seqs, n))) for first in range(0, n, n_seqs)]
+            self._gathers = (n_seqs, parts)
+        return self._gathers[1]
+
+    def _gather(self, seqs: slice) -> Gather:
+        lengths, size = self._lengths[seqs], self._block_size
+        at = np.arange(int(lengths.max()))
+        visible = at[None, :] < lengths[:, None]
         # Row by row, not block by block: what lies past an end may be another sequence's NaN, and 0 * NaN is NaN.
-        size = self._block_size
-        rows = np.where(visible, self._tables[:, at // size].astype(np.int64) * size + at % size, 0)
+        rows = np.where(visible, self._tables[seqs, at // size].astype(np.int64) * size + at % size, 0)
         mask = np.where(visible, np.float32(0), np.float32(-np.inf))
-        return torch.from_numpy(rows.reshape(-1)), torch.from_numpy(mask)[:, None, None, :]
+        return Gather(seqs, torch.from_numpy(rows.reshape(-1)), torch.from_numpy(mask)[:, None, None, :])
 
     @cached_property
     def tiles(self) -> QueryTiles:
