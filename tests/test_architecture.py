@@ -55,6 +55,7 @@ API = [
     "api.visit",
     "api.quota",
     "api.metrics",
+    "api.openapi",
     "api.edge",
     "api.generate",
     "api.server",
