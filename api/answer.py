@@ -6,6 +6,7 @@ only be equal. No threads, no I/O, no clock but the one whose readings it is giv
 
 from __future__ import annotations
 
+import json
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -40,6 +41,7 @@ from llama.stream import Delta, RequestStats
 from llama.tokenizer import Vocabulary
 
 Compat = Literal["openai", "anyscale"]
+MARK = "\0"  # stands for a text that is put in later; nothing else in a chunk can have it
 Whole = TypeVar("Whole", ChatCompletion, Completion)
 Chunk = TypeVar("Chunk", ChatCompletionChunk, Completion)
 
@@ -65,9 +67,13 @@ class Heading:
 
 @dataclass
 class Progress:
-    """One sequence so far. pending_ids: counted, not yet in a chunk. blank: a chat answer's text has not begun."""
+    """One sequence so far. pending_ids: counted, not yet in a chunk. blank: a chat answer's text has not begun.
+
+    frame: what stands before and after the text in the wire form of its chunks, once it is known.
+    """
 
     prompt: Prompt
+    frame: tuple[str, str] | None = None
     begun: bool = False
     blank: bool = True
     pending_ids: list[int] = field(default_factory=list)
@@ -105,9 +111,7 @@ class Answer(ABC, Generic[Whole, Chunk]):
 
     def chunks(self, delta: Delta) -> list[Chunk]:
         """The chunks that a delta makes: none, if there is nothing to show yet."""
-        progress = self._progress[delta.index]
-        progress.n_tokens += len(delta.token_ids)
-        progress.sum_logprobs += sum(entry.logprob for entry in delta.logprobs)
+        progress = self._count(delta)
         progress.pending_ids += delta.token_ids
         chunks = self._choices(delta, progress)
         progress.begun = progress.begun or bool(chunks)
@@ -116,6 +120,21 @@ class Answer(ABC, Generic[Whole, Chunk]):
             if not self._unfinished and self.arguments.stream:
                 self._end(chunks)
         return chunks
+
+    def wire(self, delta: Delta) -> list[str]:
+        """The same chunks as JSON. Most only add text: those are the first such one of their choice with another text,
+        made without any objects, which would cost more than everything else that is done for a streamed token."""
+        progress, asked = self._progress[delta.index], self.arguments
+        plain = progress.begun and delta.text and delta.finish_reason is None
+        if not plain or asked.logprobs is not None or asked.return_token_ids:
+            return [chunk.to_json() for chunk in self.chunks(delta)]
+        if progress.frame is None:
+            (chunk,) = self._choices(Delta(delta.index, [], MARK), progress)
+            before, _, after = chunk.to_json().rpartition(json.dumps(MARK))
+            progress.frame = before, after
+        self._count(delta)
+        before, after = progress.frame
+        return [before + json.dumps(delta.text) + after]
 
     @abstractmethod
     def whole(self, chunks: Iterable[Chunk]) -> Whole:
@@ -135,6 +154,12 @@ class Answer(ABC, Generic[Whole, Chunk]):
                 reasoning_tokens=0, audio_tokens=0, accepted_prediction_tokens=0, rejected_prediction_tokens=0
             ),
         )
+
+    def _count(self, delta: Delta) -> Progress:
+        progress = self._progress[delta.index]
+        progress.n_tokens += len(delta.token_ids)
+        progress.sum_logprobs += sum(entry.logprob for entry in delta.logprobs)
+        return progress
 
     @abstractmethod
     def _choices(self, delta: Delta, progress: Progress) -> list[Chunk]: ...

@@ -141,6 +141,10 @@ class Running(Generic[Whole, Chunk]):
         """What a delta, and all that have gathered behind it, come to."""
         return [chunk for one in merge([delta, *self.stream.gathered()]) for chunk in self.answer.chunks(one)]
 
+    def wire(self, delta: Delta) -> list[str]:
+        """The same as JSON."""
+        return [chunk for one in merge([delta, *self.stream.gathered()]) for chunk in self.answer.wire(one)]
+
     def _fold(self, deltas: list[Delta]) -> Whole:
         return self.answer.whole(chunk for delta in merge(deltas) for chunk in self.answer.chunks(delta))
 

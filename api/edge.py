@@ -44,6 +44,7 @@ ENDPOINTS = OPEN | {
     "/tokenize": "tokenize",
     "/detokenize": "detokenize",
     "/tokenizer_info": "tokenizer_info",
+    "/openapi.json": "openapi",
     "/metrics": "metrics",
 }
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -20,7 +20,6 @@ from api.checks import Endpoint, missing
 from api.client import AsyncClient
 from api.edge import ClientGone, Stalled, read_object
 from api.errors import APIError, APIStatusError, APITimeoutError, ServiceUnavailableError
-from api.schema import Object
 from api.served import Served
 from api.visit import EdgeLimits, Visit
 
@@ -130,10 +129,10 @@ async def interruptible() -> AsyncIterator[Callable[[Exception], None]]:
         raise
 
 
-async def _next(running: Running[Any, Any]) -> list[Any]:
-    """The next chunks, one or more; none at the end."""
+async def _next(running: Running[Any, Any]) -> list[str]:
+    """The next chunks as JSON, one or more; none at the end."""
     while (delta := await running.get_async()) is not None:
-        if chunks := running.chunks(delta):
+        if chunks := running.wire(delta):
             return chunks
     return []
 
@@ -153,9 +152,9 @@ class Events:
         self._begun = False
         self.last = time.monotonic()
 
-    async def write(self, objects: Sequence[Object]) -> None:
-        """One event for each object, in one write."""
-        await self._write("".join(f"data: {one.to_json()}\n\n" for one in objects).encode())
+    async def write(self, chunks: Sequence[str]) -> None:
+        """One event for each chunk, in one write. chunks: each a line of JSON in ASCII."""
+        await self._write("".join(f"data: {one}\n\n" for one in chunks).encode())
 
     async def end(self, error: APIError | None = None) -> None:
         """The mark of a whole stream; or the error that ended it early, and no mark."""

@@ -22,7 +22,8 @@ from api.client import AsyncClient
 from api.edge import AWAY, LOOPBACK, Edge, Gate, Keys, read_object
 from api.errors import NotFoundError, RateLimitError, ServiceUnavailableError, bad_type, translated
 from api.generate import Generate
-from api.metrics import Metrics
+from api.metrics import VERSION, Metrics
+from api.openapi import document
 from api.quota import Line, SlotsByKey
 from api.schema import Object
 from api.served import Served
@@ -121,6 +122,7 @@ class Server:
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/detokenize", self._detokenize, methods=["POST"]),
             Route("/tokenizer_info", self._tokenizer_info, methods=["GET"]),
+            Route("/openapi.json", self._openapi, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
             Route("/ready", self._ready, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
@@ -171,6 +173,11 @@ class Server:
         tokenizer = self.serving()._models.find().tokenizer
         names = ("unk_token", "bos_token", "eos_token")
         return _plain({name: tokenizer.token_string(i) for i, name in enumerate(names)})
+
+    async def _openapi(self, request: Request) -> Response:
+        models = self.serving()._models
+        served, names = models.find(), [one.name for one in models.all()]
+        return _plain(document(names, served.settings.limits, served.engine.model_config.vocab_size, VERSION))
 
     async def _health(self, request: Request) -> Response:
         if self.client is None:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from llama.sequence import FinishReason, TokenLogprobs
 from llama.slots import Seat
@@ -153,6 +154,37 @@ class Mailbox:
             self._seat.release()
 
 
+class _Bell:
+    """Wakes the readers on one event loop. However many of them a step has served, the loop is called once: each call
+    is a system call in the engine thread, which would have to queue for the interpreter after it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._arrived: deque[asyncio.Future[None]] = deque()
+        self._rung = False
+
+    def ring(self, arrived: asyncio.Future[None]) -> None:
+        """Let the loop set a future. From any thread, a finalizer among them."""
+        self._arrived.append(arrived)
+        if self._rung:
+            return
+        self._rung = True
+        loop = self._loop()
+        if loop is not None:
+            with suppress(RuntimeError):  # the loop was closed with its reader still waiting
+                loop.call_soon_threadsafe(self._answer)
+
+    def _answer(self) -> None:
+        self._rung = False  # first: who rings from now on calls again
+        while self._arrived:
+            arrived = self._arrived.popleft()
+            if not arrived.done():
+                arrived.set_result(None)
+
+
+_BELLS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Bell] = weakref.WeakKeyDictionary()
+
+
 class Stream:
     """Iterate (`for` or `async for`) until every sequence of the request has finished.
 
@@ -184,17 +216,13 @@ class Stream:
     async def get_async(self) -> Delta | None:
         """The same without blocking the event loop."""
         mailbox, loop = self._mailbox, asyncio.get_running_loop()
+        bell = _BELLS.get(loop) or _BELLS.setdefault(loop, _Bell(loop))
         while (delta := mailbox.take()) is None:
             if mailbox.ended():
                 return None
-            arrived = asyncio.Event()
-
-            def wake(arrived: asyncio.Event = arrived) -> None:
-                with suppress(RuntimeError):  # the loop was closed with its reader still waiting
-                    loop.call_soon_threadsafe(arrived.set)
-
-            if mailbox.sleep(wake):
-                await arrived.wait()
+            arrived: asyncio.Future[None] = loop.create_future()
+            if mailbox.sleep(partial(bell.ring, arrived)):
+                await arrived
         return delta
 
     def gathered(self) -> list[Delta]:

@@ -56,6 +56,7 @@ API = [
     "api.visit",
     "api.quota",
     "api.metrics",
+    "api.openapi",
     "api.edge",
     "api.generate",
     "api.server",

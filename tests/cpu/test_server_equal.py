@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from api_cases import MESSAGES, PROMPT, write_model
-from server_cases import Serving, ask, get, post, serving
+from server_cases import Answer, Serving, ask, get, post, serving
 
 import api
 
@@ -251,6 +251,50 @@ def test_events_are_in_order(served: Serving) -> None:
         assert [c["finish_reason"] for c in mine[:-1]] == [None] * (len(mine) - 1)
         assert mine[-1]["delta"] == {}
         assert mine[-1]["finish_reason"] in ("stop", "length")
+
+
+def kinds(events: list[Any]) -> list[tuple[Any, ...]]:
+    """What each event of a chat stream is: its part, its choice, why it ended; text over several events counts once."""
+    found: list[tuple[Any, ...]] = []
+    for event in events:
+        if event == "[DONE]":
+            found.append(("done",))
+        elif not event["choices"]:
+            assert event["usage"]["total_tokens"] > 0
+            found.append(("usage",))
+        for choice in [] if event == "[DONE]" else event["choices"]:
+            delta, end = choice["delta"], choice["finish_reason"]
+            kind = "end" if end else "role" if "role" in delta else "text"
+            assert (kind == "end") == (delta == {}), "the end has no text, and text no end"
+            found.append((kind, choice["index"]))
+    return found
+
+
+def order_of(found: list[tuple[Any, ...]]) -> dict[int, list[str]]:
+    """The kinds of each choice's events, repeated text as one; what belongs to no choice must come last."""
+    tail = [one[0] for one in found if len(one) == 1]
+    assert [one[0] for one in found[len(found) - len(tail) :]] == tail == ["usage", "done"]
+    by_choice: dict[int, list[str]] = {}
+    for kind, index in found[: -len(tail)]:
+        mine = by_choice.setdefault(index, [])
+        if kind != "text" or mine[-1:] != ["text"]:
+            mine.append(kind)
+    return by_choice
+
+
+def test_events_come_in_the_recorded_order(served: Serving, shared_file: Callable[[str], Path]) -> None:
+    """OpenAI's own recorded streams, each beside one of ours with as many choices, and log-probs where it has them."""
+    files = sorted(shared_file("openai/sse_recorded").glob("*.sse"))
+    assert len(files) == 12
+    for file in files:
+        theirs = Answer(200, {}, file.read_bytes()).events
+        order = order_of(kinds(theirs))
+        logprobs = bool(theirs[0]["choices"][0]["logprobs"])
+        fields = {"model": "tiny", "messages": MESSAGES, "stream": True, "max_tokens": 6, "n": len(order), "seed": 1}
+        fields |= {"stream_options": {"include_usage": True}, "logprobs": logprobs, "ignore_eos": True}
+        ours = ask(served.port, post("/v1/chat/completions", fields)).events
+        assert order_of(kinds(ours)) == order, file.name
+        assert list(ours[0])[:4] == list(theirs[0])[:4] == ["id", "object", "created", "model"]
 
 
 def test_the_2023_client_gets_what_it_looks_for(served: Serving) -> None:

@@ -6,19 +6,24 @@ import json
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
+import schemathesis
 from api_cases import MESSAGES, PROMPT, idle, write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from schemathesis import GenerationMode
 from server_cases import Raw, Serving, ask, eventually, get, post, serving
 
 import api
-from api.arguments import TABLE
+from api.arguments import TABLE, Action
+from api.openapi import PATHS
 from api.visit import EdgeLimits
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -124,6 +129,54 @@ def test_generated_bodies(served: Serving, canary: Any, endpoint: str) -> None:
 def test_found_by_chance_a_penalty_that_overflowed(served: Serving, extreme: float) -> None:
     body = {"model": "tiny", "prompt": PROMPT, "repetition_penalty": extreme, "max_tokens": 3}
     assert ask(served.port, post(COMPLETIONS, body)).status == 200
+
+
+# --- bodies made from our own description ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def described(served: Serving) -> Any:
+    return ask(served.port, get("/openapi.json")).json
+
+
+def test_the_description_is_valid_and_complete(served: Serving, described: Any, canary: Any) -> None:
+    assert set(described["paths"]) == {CHAT, COMPLETIONS}
+    for endpoint, path in PATHS.items():
+        body = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert set(body["properties"]) == {n for n, row in TABLE[endpoint].items() if row.action is Action.HONOURED}
+        jsonschema.Draft202012Validator.check_schema(body)
+    answer = ask(served.port, post(CHAT, {"model": "tiny", "messages": MESSAGES, "max_tokens": 3, "n": 2})).json
+    schema = {"$ref": "#/components/schemas/ChatCompletion", "components": described["components"]}
+    jsonschema.Draft202012Validator(schema).validate(answer)
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_bodies_by_our_description(served: Serving, canary: Any, described: Any, path: str, mode: Any) -> None:
+    """Right and wrong ones: an answer, or a typed 4xx; the canary is the same all through."""
+    operation = schemathesis.openapi.from_dict(described)[path]["POST"]
+    seen: Counter[int] = Counter()
+
+    @settings(
+        max_examples=5000 if LONG_FORM else 75, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    )
+    @given(operation.as_strategy(generation_mode=mode))
+    def each(case: Any) -> None:
+        body = case.body
+        data = b"" if not isinstance(body, (dict, list, str, int, float, type(None))) else json.dumps(body).encode()
+        answer = ask(served.port, post(path, data))
+        seen[answer.status] += 1
+        if answer.status == 200:
+            assert answer.events[-1] == "[DONE]" if body.get("stream") else answer.json["usage"]
+        else:
+            assert 400 <= answer.status < 500, (body, answer)
+            assert set(answer.json["error"]) == {"message", "type", "param", "code"}
+        if seen.total() % 50 == 0:
+            check_canary(served, canary)
+
+    each()
+    check_canary(served, canary)
+    print(path, mode.value, dict(seen))
 
 
 # --- bytes -------------------------------------------------------------------------------------------------------

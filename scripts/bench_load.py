@@ -1,0 +1,136 @@
+"""Load over HTTP: streamed requests, each timed, fired all at once, in a closed loop or as a trace says."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@dataclass
+class Shot:
+    """One request and what came of it; all times in seconds. status: of HTTP, 0 when the connection broke.
+
+    first: until the first event. gaps: between events that came one after the other. tokens: generated, by the answer.
+    """
+
+    status: int = 0
+    seconds: float = 0.0
+    first: float | None = None
+    gaps: list[float] = field(default_factory=list)
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request of a trace: when, in seconds from the first, and its lengths in tokens."""
+
+    at: float
+    prompt_tokens: int
+    answer_tokens: int
+
+
+def read_trace(path: Path, seconds: float, rate: float, context: int) -> list[Arrival]:
+    """The first `seconds` of an Azure trace (CSV: TIMESTAMP, ContextTokens, GeneratedTokens), `rate` times as fast.
+
+    Lengths are scaled by one factor, so that the longest of these requests fills the context.
+    """
+    with path.open(newline="") as file:
+        rows = [
+            # Seven digits of a second are one more than Python reads.
+            (datetime.fromisoformat(row["TIMESTAMP"][:26]), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+            for row in csv.DictReader(file)
+        ]
+    since = [((at - rows[0][0]).total_seconds() / rate, prompt, answer) for at, prompt, answer in rows]
+    kept = [row for row in since if row[0] < seconds]
+    scale = min((context - 2) / max(prompt + answer for _, prompt, answer in kept), 1.0)
+    return [Arrival(at, max(int(prompt * scale), 1), max(int(answer * scale), 1)) for at, prompt, answer in kept]
+
+
+def request_bytes(path: str, fields: dict[str, Any]) -> bytes:
+    body = json.dumps(fields).encode()
+    lines = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    return lines.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+async def connect(port: int) -> Connection:
+    return await asyncio.open_connection("127.0.0.1", port)
+
+
+async def fire(connection: Connection, request: bytes) -> Shot:
+    """Send a request and read its answer to the end. Keeps nothing of it but its last bytes."""
+    reader, writer = connection
+    shot, tail, started, last = Shot(), b"", time.perf_counter(), 0.0
+    try:
+        writer.write(request)
+        while data := await reader.read(1 << 16):
+            now = time.perf_counter()
+            if not shot.status:
+                shot.status = int(data.split(None, 2)[1])
+            if b"data: {" in data:
+                if shot.first is None:
+                    shot.first = now - started
+                else:
+                    shot.gaps.append(now - last)
+                last = now
+            tail = (tail + data)[-2048:]
+    except OSError:
+        shot.status = 0
+    finally:
+        writer.close()
+    shot.seconds = time.perf_counter() - started
+    if found := re.findall(rb'"completion_tokens": ?(\d+)', tail):
+        shot.tokens = int(found[-1])
+    if shot.status == 200 and b"data: [DONE]" not in tail:
+        shot.status = 0
+    return shot
+
+
+async def all_at_once(port: int, requests: Sequence[bytes]) -> tuple[list[Shot], float]:
+    """Every request on a connection that is there already; and the seconds from the first byte to the last."""
+    connections = [await connect(port) for _ in requests]
+    started = time.perf_counter()
+    shots = await asyncio.gather(*map(fire, connections, requests))
+    return shots, time.perf_counter() - started
+
+
+async def closed_loop(port: int, requests: Sequence[bytes], concurrency: int) -> tuple[list[Shot], float]:
+    """So many at a time; a new one whenever one has ended."""
+    left, shots = list(reversed(requests)), []
+
+    async def work() -> None:
+        while left:
+            shots.append(await fire(await connect(port), left.pop()))
+
+    started = time.perf_counter()
+    await asyncio.gather(*(work() for _ in range(concurrency)))
+    return shots, time.perf_counter() - started
+
+
+async def open_loop(port: int, arrivals: Sequence[tuple[float, bytes]]) -> tuple[list[Shot], float]:
+    """Each at its time, whatever became of those before; nobody who is refused comes again."""
+    started = time.perf_counter()
+
+    async def one(at: float, request: bytes) -> Shot:
+        await asyncio.sleep(max(started + at - time.perf_counter(), 0))
+        return await fire(await connect(port), request)
+
+    shots = await asyncio.gather(*(one(at, request) for at, request in arrivals))
+    return shots, time.perf_counter() - started
+
+
+def percentiles(values: Sequence[float], *shares: int) -> dict[str, float]:
+    """In milliseconds, by name: p50, p99 and so on; empty when there is nothing to rank."""
+    ranked = sorted(values)
+    return {
+        f"p{one}": round(ranked[min(len(ranked) * one // 100, len(ranked) - 1)] * 1000, 2) for one in shares if ranked
+    }
