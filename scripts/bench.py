@@ -28,7 +28,7 @@ from llama.errors import EngineError
 
 # Each is a module bench_SUBJECT with add_arguments(parser) and run(args) -> figures. Only the one asked for is
 # imported, since `kernels` must run where nothing that `serve` needs is installed.
-SUBJECTS = ("overhead", "latency", "offline", "throughput", "prefix", "compare", "invariance", "kernels")
+SUBJECTS = ("overhead", "latency", "offline", "throughput", "serve", "prefix", "compare", "invariance", "kernels")
 
 
 def main(argv: list[str]) -> int:

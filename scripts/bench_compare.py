@@ -17,11 +17,11 @@ from typing import Any
 
 import bench_figures
 import bench_model
-import torch
-from bench_figures import OURS, alternate, beside
-from bench_llama_cpp import LlamaCpp, llama_cpp_missing
+from bench_figures import alternate, beside
+from bench_llama_cpp import llama_cpp_missing, llama_cpp_sides
 from bench_model import make_engine, model_config, model_title, random_prompt, weights_folder
-from bench_sides import Ours, Side, transformers_sides
+from bench_remote import RemoteSides
+from bench_sides import Ours, Side, transformers_missing, transformers_sides
 
 from llama.config import EngineConfig
 from llama.engine import Engine
@@ -52,43 +52,39 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     found: dict[str, Any] = {"model": args.model or args.shape, "dtype": args.dtype}
     with weights_folder(args) as folder, tempfile.TemporaryDirectory(prefix="bench-") as scratch, ExitStack() as stack:
-        refused = other_tokens(folder, Path(scratch), prompts[0], args.device)
+        refused = other_tokens(folder, Path(scratch), prompts[0], args)
         longest = max(args.prompt_tokens + args.tokens, args.prefill_tokens + 1)
-        engine = stack.enter_context(make_engine(args, 32, longest, args.batch_invariant, folder))
-        peers, missing = transformers_sides(folder, args.dtype, args.device)
-        if args.device == "cpu" and not llama_cpp_missing():
-            peer = LlamaCpp(folder, args.dtype, Path(scratch), torch.get_num_threads(), 32, longest)
-            stack.callback(peer.close)
-            peers.append(peer)
-        sides = [Ours(engine), *(peer for peer in peers if peer.name.split()[0] not in refused)]
+        sides: list[Side] = [
+            Ours(stack.enter_context(make_engine(args, 32, longest, args.batch_invariant, folder))),
+            *stack.enter_context(RemoteSides(transformers_sides, folder, args.dtype, args.device, args.threads)),
+        ]
+        if "llama.cpp" not in refused:
+            theirs = (folder, args.dtype, Path(scratch), args.threads, 32, longest)
+            sides += stack.enter_context(RemoteSides(llama_cpp_sides, *theirs))
+        sides = [side for side in sides if side.name.split()[0] not in refused]
         for subject in args.subjects:
             figures = alternate({side.name: runs[subject](side) for side in sides}, args.rounds)
             title = f"{subject}: {model_title(args)}"
-            found[subject] = beside(title, figures, "tok/s", args.max_spread, {**missing, **refused})
+            found[subject] = beside(title, figures, "tok/s", args.max_spread, refused)
     return found
 
 
-def other_tokens(folder: Path, scratch: Path, prompt: list[int], device: str) -> dict[str, str]:
+def other_tokens(folder: Path, scratch: Path, prompt: list[int], args: argparse.Namespace) -> dict[str, str]:
     """Peers that cannot be compared, and why: missing here, or with other tokens than ours in fp32."""
-    refused: dict[str, str] = {}
-    made: dict[str, list[int]] = {}
-    with Engine(folder, EngineConfig(device=device, dtype="float32", slots=1), progress=False) as engine:
-        made[OURS] = Ours(engine).tokens(prompt, CHECKED_TOKENS)
-    peers, missing = transformers_sides(folder, "float32", device, ["sdpa"])
-    for side in peers:
-        made["transformers"] = side.tokens(prompt, CHECKED_TOKENS)
-    del peers
-    if device != "cpu":
-        missing["llama.cpp"] = "is measured on the CPU only"
+    refused = transformers_missing()
+    if args.device != "cpu":
+        refused["llama.cpp"] = "is measured on the CPU only"
     elif reason := llama_cpp_missing():
-        missing["llama.cpp"] = reason
-    else:
-        peer = LlamaCpp(folder, "float32", scratch, torch.get_num_threads(), 1, 128)
-        made["llama.cpp"] = peer.tokens(prompt, CHECKED_TOKENS)
-        peer.close()
-    for name, tokens in made.items():
-        refused |= differing(name, tokens, made[OURS])
-    return {**missing, **refused}
+        refused["llama.cpp"] = reason
+    with Engine(folder, EngineConfig(device=args.device, dtype="float32", slots=1), progress=False) as engine:
+        ours = Ours(engine).tokens(prompt, CHECKED_TOKENS)
+    with RemoteSides(transformers_sides, folder, "float32", args.device, args.threads, ["sdpa"]) as sides:
+        for side in sides:
+            refused |= differing("transformers", side.tokens(prompt, CHECKED_TOKENS), ours)
+    if "llama.cpp" not in refused:
+        with RemoteSides(llama_cpp_sides, folder, "float32", scratch, args.threads, 1, 128) as sides:
+            refused |= differing("llama.cpp", sides[0].tokens(prompt, CHECKED_TOKENS), ours)
+    return refused
 
 
 def differing(name: str, tokens: list[int], ours: list[int]) -> dict[str, str]:

@@ -12,7 +12,8 @@ import bench_model
 from bench_figures import OURS, Figure, alternate, beside
 from bench_machine import measure_ceilings
 from bench_model import make_engine, model_config, model_format, model_source, model_title, random_prompt
-from bench_sides import Ours, Side, transformers_sides
+from bench_remote import RemoteSides
+from bench_sides import Ours, Side, transformers_missing, transformers_sides
 from roofline import Card, decode_rate, decode_work, prefill_seconds
 
 
@@ -32,8 +33,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompts = [random_prompt(config, n, dice) for n in args.ttft if n < config.max_seq_len]
     prompt = random_prompt(config, args.prompt_tokens, dice)
     longest = max(args.prompt_tokens + args.tokens, *(len(one) + 1 for one in prompts), 1)
-    peers, refused = transformers_sides(model_source(args), args.dtype, args.device)
-    with make_engine(args, 1, longest, args.batch_invariant) as engine:
+    refused = transformers_missing()
+    with (
+        RemoteSides(transformers_sides, model_source(args), args.dtype, args.device, args.threads) as peers,
+        make_engine(args, 1, longest, args.batch_invariant) as engine,
+    ):
         sides: list[Side] = [Ours(engine), *peers]
         decode = alternate({side.name: partial(side.decode, prompt, args.tokens) for side in sides}, args.rounds)
         prefill = [alternate({side.name: partial(side.prefill, one) for side in sides}, args.rounds) for one in prompts]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_sides import Side
 from safetensors import safe_open
 from torch import Tensor
 from weights_gguf import gguf_table
@@ -47,11 +48,6 @@ class LlamaCpp:
         if not self._context:
             raise RuntimeError("llama.cpp made no context")
         self._batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
-
-    def close(self) -> None:
-        llama_cpp.llama_batch_free(self._batch)
-        llama_cpp.llama_free(self._context)
-        llama_cpp.llama_model_free(self._model)
 
     def prefill(self, prompt: list[int]) -> float:
         self._forget()
@@ -113,6 +109,11 @@ if llama_cpp is not None:
 def llama_cpp_missing() -> str | None:
     """Why there can be no side of llama.cpp here, or None."""
     return None if llama_cpp is not None else "llama-cpp-python and gguf are not installed"
+
+
+def llama_cpp_sides(folder: Path, dtype: str, scratch: Path, threads: int, n_seqs: int, context: int) -> list[Side]:
+    """To be made in a process of its own: nothing of llama.cpp is freed before that ends."""
+    return [LlamaCpp(folder, dtype, scratch, threads, n_seqs, context)]
 
 
 def write_gguf(folder: Path, file: Path, dtype: str) -> None:

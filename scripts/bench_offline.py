@@ -11,7 +11,8 @@ import bench_figures
 import bench_model
 from bench_figures import alternate, beside
 from bench_model import make_engine, model_config, model_source, model_title, random_prompt
-from bench_sides import Ours, Side, transformers_sides
+from bench_remote import RemoteSides
+from bench_sides import Ours, Side, transformers_missing, transformers_sides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +26,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config, dice = model_config(args), random.Random(2)
     prompts = [random_prompt(config, dice.randint(8, 64), dice) for _ in range(args.prompts)]
     lengths = [min(dice.randint(16, 256), config.max_seq_len - 64) for _ in range(args.prompts)]
-    peers, refused = transformers_sides(model_source(args), args.dtype, args.device, ["sdpa"])
-    with make_engine(args, args.prompts, min(320, config.max_seq_len), args.batch_invariant) as engine:
+    refused = transformers_missing()
+    with (
+        RemoteSides(transformers_sides, model_source(args), args.dtype, args.device, args.threads, ["sdpa"]) as peers,
+        make_engine(args, args.prompts, min(320, config.max_seq_len), args.batch_invariant) as engine,
+    ):
         sides: list[Side] = [Ours(engine), *peers]
         figures = alternate({side.name: partial(side.batch, prompts, lengths) for side in sides}, args.rounds)
     title = f"{args.prompts} prompts of 8 to 64 tokens, 16 to 256 new: {model_title(args)}"

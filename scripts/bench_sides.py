@@ -96,14 +96,18 @@ def load_transformers(source: ModelConfig | Path, dtype: str, device: str) -> An
     return model.to(torch.device(device)).eval()
 
 
+def transformers_missing() -> dict[str, str]:
+    """{"transformers": why} where it cannot be a side."""
+    return {} if transformers is not None else {"transformers": "is not installed"}
+
+
 def transformers_sides(
-    source: ModelConfig | Path, dtype: str, device: str, ways: Sequence[str] = ("eager", "sdpa")
-) -> tuple[list[Side], dict[str, str]]:
-    """A side for each way of attention, sharing the weights; or none, and why."""
+    source: ModelConfig | Path, dtype: str, device: str, threads: int, ways: Sequence[str] = ("eager", "sdpa")
+) -> list[Side]:
+    """A side for each way of attention, sharing the weights; none where transformers is not installed."""
+    torch.set_num_threads(threads)
     model = load_transformers(source, dtype, device)
-    if model is None:
-        return [], {"transformers": "is not installed"}
-    return [Transformers(model, way) for way in ways], {}
+    return [] if model is None else [Transformers(model, way) for way in ways]
 
 
 class Clock:

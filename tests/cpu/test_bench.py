@@ -15,6 +15,7 @@ sys.path.insert(0, str(SCRIPTS))
 import bench_compare  # noqa: E402
 from bench_figures import Figure, alternate, beside, best_peers  # noqa: E402
 from bench_model import SHAPES  # noqa: E402
+from bench_remote import RemoteSides  # noqa: E402
 from roofline import Card, decode_rate, plain_format, prefill_seconds, serving_rate  # noqa: E402
 
 H200 = Card(139 * 2**30, 4.3e12, 790e12, None, "measured")
@@ -88,3 +89,39 @@ def test_an_unknown_subject_is_refused_with_the_known_ones() -> None:
     done = subprocess.run([sys.executable, str(SCRIPTS / "bench.py"), "speed"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "compare" in done.stderr
+
+
+class Doubling:
+    """A side that computes nothing, for the process it is made in."""
+
+    name = "doubling"
+
+    def prefill(self, prompt: list[int]) -> float:
+        raise ValueError(f"no prefill of {len(prompt)}")
+
+    def decode(self, prompt: list[int], n: int) -> float:
+        return 2.0 * n
+
+    def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
+        return float(sum(lengths))
+
+    def tokens(self, prompt: list[int], n: int) -> list[int]:
+        return prompt * n
+
+
+def make_two() -> list[Doubling]:
+    return [Doubling(), Doubling()]
+
+
+def make_none() -> list[Doubling]:
+    raise RuntimeError("no such engine")
+
+
+def test_a_side_in_another_process() -> None:
+    with RemoteSides(make_two) as (first, second):
+        assert (first.name, second.decode([1], 21), first.tokens([5], 2)) == ("doubling", 42.0, [5, 5])
+        with pytest.raises(ValueError, match="no prefill of 3"):
+            first.prefill([1, 2, 3])
+        assert second.batch([[1]], [4]) == 4.0, "an error ends nothing"
+    with pytest.raises(RuntimeError, match="no such engine"):
+        RemoteSides(make_none)
