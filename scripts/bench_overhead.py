@@ -8,18 +8,17 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
 from bench_figures import Figure
+from fake_runner import FakeRunner
 
 from llama.blocks import BlockPool
 from llama.detokenizer import Detokenizer
 from llama.loop import EngineLoop
 from llama.request import Request, SamplingParams
-from llama.runner import StepResult
-from llama.scheduler import Plan, Scheduler
+from llama.scheduler import Scheduler
 from llama.sequence import Sequence
 from llama.setup import find_model
 from llama.stream import Mailbox
@@ -29,20 +28,6 @@ from llama.tokenizer import Tokenizer
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", help="whose tokenizer makes the text")
     parser.add_argument("--rounds", type=int, default=5)
-
-
-class FakeRunner:
-    """Yields tokens from a fixed list; stands where the model would be."""
-
-    def __init__(self, token_ids: list[int]) -> None:
-        self.token_ids, self.at = token_ids, 0
-
-    def launch(self, plan: Plan) -> Callable[[], StepResult]:
-        tokens: list[int | None] = []
-        for yields in plan.yields:
-            self.at = (self.at + 1) % len(self.token_ids)
-            tokens.append(self.token_ids[self.at] if yields else None)
-        return lambda: StepResult(tokens, [None] * len(tokens))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -30,8 +30,6 @@ import bench_load as load
 import api
 from api.server import Server
 from api.sockets import HttpServer, listen
-from llama.runner import StepResult
-from llama.scheduler import Plan
 
 PARTS = ("overhead", "refusals", "load")
 NAME = "bench"
@@ -76,23 +74,6 @@ class Options:
     slots: int
     step: float | None = None
     core: int | None = None
-
-
-class FakeRunner:
-    """In the model's place: every sequence gets the next word, after `step` seconds."""
-
-    def __init__(self, words: list[int], step: float) -> None:
-        self.words, self.step, self.at = words, step, 0
-
-    def run(self, plan: Plan) -> StepResult:
-        end = time.monotonic() + self.step
-        tokens: list[int | None] = []
-        for seq, n in zip(plan.seqs, plan.counts, strict=True):
-            self.at = (self.at + 1) % len(self.words)
-            tokens.append(self.words[self.at] if seq.num_computed + n == len(seq.token_ids) else None)
-        if self.step:
-            time.sleep(max(end - time.monotonic(), 0))
-        return StepResult(tokens, [None] * len(tokens))
 
 
 def make_client(options: Options) -> api.AsyncClient:

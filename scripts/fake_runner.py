@@ -1,0 +1,26 @@
+"""A runner that computes nothing, so that what is left is everything else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from llama.runner import StepResult
+from llama.scheduler import Plan
+
+
+class FakeRunner:
+    """In the model's place: every sequence that yields gets the next of token_ids, after `step` seconds."""
+
+    def __init__(self, token_ids: list[int], step: float = 0.0) -> None:
+        self.token_ids, self.step, self.at = token_ids, step, 0
+
+    def launch(self, plan: Plan) -> Callable[[], StepResult]:
+        end = time.monotonic() + self.step
+        tokens: list[int | None] = []
+        for yields in plan.yields:
+            self.at = (self.at + 1) % len(self.token_ids)
+            tokens.append(self.token_ids[self.at] if yields else None)
+        if self.step:
+            time.sleep(max(end - time.monotonic(), 0))
+        return lambda: StepResult(tokens, [None] * len(tokens))
