@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_load as load
+from fake_runner import FakeRunner
 
 import api
 from api.server import Server
