@@ -70,6 +70,12 @@ def test_no_global_state_but_the_default_client() -> None:
         "api.edge.ENDPOINTS",
         "api.edge.OPEN",
         "api.generate.EVENT_STREAM",
+        "api.openapi.ERROR",
+        "api.openapi.FLAG",
+        "api.openapi.PATHS",
+        "api.openapi.REFUSALS",
+        "api.openapi.TABLE",
+        "api.openapi.TEXT",
         "api.server.PAGE_HEADERS",
     }
     mutable = {
