@@ -94,6 +94,7 @@ def serve(pipe: Connection, options: Options) -> None:
     client = make_client(options)
     http = HttpServer(Server(client, slots=options.slots))
     listening = listen("127.0.0.1", 0)
+    listening.listen(SOCKETS)  # so that whoever hears of the port may connect
     engine = client._models.find().engine
     pipe.send((listening.getsockname()[1], engine.max_seq_len, engine.model_config.vocab_size))
 
