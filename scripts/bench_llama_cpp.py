@@ -64,10 +64,10 @@ class LlamaCpp:
         return (n - 1) / (time.perf_counter() - start)
 
     def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
-        """A sequence that has its tokens drops out of the batch. At most n_seqs prompts."""
+        """All prompts in one call; a sequence that has its tokens drops out. At most n_seqs prompts, 2048 tokens."""
         self._forget()
         start = time.perf_counter()
-        last = {seq: self._run([(seq, 0, prompt)])[0] for seq, prompt in enumerate(prompts)}
+        last = dict(enumerate(self._run([(seq, 0, prompt) for seq, prompt in enumerate(prompts)])))
         for step in range(1, max(lengths)):
             live = [seq for seq, n in enumerate(lengths) if n > step]
             parts = [(seq, len(prompts[seq]) + step - 1, [last[seq]]) for seq in live]

@@ -7,6 +7,7 @@ import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from roofline import Format, plain_format
 from weights_source import HF, random_source
 from weights_write import write_checkpoint
 
+import kernels
 from llama.config import DTYPES, EngineConfig, ModelConfig
 from llama.engine import Engine
 from llama.request import SamplingParams
@@ -58,7 +60,9 @@ def model_title(args: argparse.Namespace) -> str:
 
 
 def model_format(args: argparse.Namespace) -> Format:
-    return plain_format(getattr(torch, args.dtype).itemsize)
+    kept = getattr(torch, args.dtype)
+    cached = kernels.cache_dtype(kept, torch.device(args.device))
+    return replace(plain_format(kept.itemsize), kv_bytes=cached.itemsize)
 
 
 @contextmanager

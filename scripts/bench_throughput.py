@@ -46,6 +46,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             ours.batch(prompts[:2], [4, 4])
             figure = Figure([ours.batch(prompts, [osl] * args.requests) for _ in range(args.rounds)])
             fitting = min(args.requests, engine.memory_plan.kv_tokens / (isl + osl / 2))
+        if figure.spread > args.max_spread:
+            found[shape] = f"too noisy: the spread of {figure.spread:.0%} is above {args.max_spread:.0%}"
+            print(f"{shape:>10} {found[shape]}")
+            continue
         limit = serving_rate(config, ceilings.card, model_format(args), fitting, isl, osl)
         share = figure.median / limit
         print(f"{shape:>10} {figure.median:>13.1f} {figure.spread:>7.0%} {fitting:>10.0f} {limit:>9.0f} {share:>6.0%}")
