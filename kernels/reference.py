@@ -22,7 +22,8 @@ from kernels.attention_plan import TILE_KEYS, TILE_ROWS, AttentionPlan, QueryTil
 from kernels.linear_weight import LinearWeight
 
 # Gathering the keys of several decoding sequences, for one call, beats a call for each while the copies stay in the
-# cores' caches: 32 sequences of 128 keys, 12 heads of 64 took 2246 us one by one and 1016 us in four parts of eight.
+# cores' caches: of 128 keys with 12 heads of 64, 8 sequences took 398 us one by one and 254 us gathered, 32 sequences
+# 2246 and 3107 us.
 _GATHER_BYTES = 4 << 20
 _GATHER_SEQS = 4  # with fewer in a part it is a call for each
 

@@ -234,9 +234,9 @@ class EngineConfig:
     max_seq_len: a context shorter than the model's own. prefix_cache: keep and find the blocks of equal prompt starts.
     batch_invariant: same bits alone and in any batch; None = on for CUDA, off for the CPU, where it took two
     thirds of a small model's batch-1 speed. cuda_graphs: replay decode steps as CUDA graphs; nothing on the CPU.
-    compile: on the CPU, decode a sequence that runs alone with layers that torch.compile made: faster by a fifth to a
-    third, for twice the memory of the weights and up to a minute at the first start. Needs a C++ compiler; without one
-    the engine says so in the log and runs as ever. Not with batch_invariant.
+    compile: on the CPU, decode a sequence that runs alone with layers that torch.compile made: a step takes a quarter
+    to a third less, for twice the memory of the weights and up to a minute at the first start. Needs a C++ compiler;
+    without one the engine says so in the log and runs as ever. Not with batch_invariant or steps_ahead.
     steps_ahead: launch a step before the one before it is read, so that the device does not wait for Python; None = on
     for CUDA, off for the CPU, where the two share the cores and a sequence's end is only noticed a step late.
     threads: CPU threads of one operation; None = torch's own number, or one in steps so small that threads would spend
@@ -278,6 +278,8 @@ class EngineConfig:
             raise ConfigError("device", self.device, "must be 'auto', 'cpu', 'cuda' or 'cuda:N'")
         if self.compile and self.batch_invariant:
             raise ConfigError("compile", True, "cannot keep batch_invariant=True: a sequence alone has other bits then")
+        if self.compile and self.steps_ahead:
+            raise ConfigError("compile", True, "needs each token before the next step: not with steps_ahead=True")
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
         max_seq_len=max_seq_len,
         memory_plan=memory_plan,
         threads=config.threads or torch.get_num_threads(),
-        one_thread_rows=0 if invariant or config.threads else _ONE_THREAD_BYTES // memory_plan.weights,
+        one_thread_rows=0 if invariant or config.threads else _ONE_THREAD_BYTES // (shape.n_params * dtype.itemsize),
     )
 
 

@@ -20,6 +20,7 @@ from llama.model import Transformer, random_parameters
 from llama.request import Request, SamplingParams
 from llama.scheduler import Plan
 from llama.sequence import Sequence
+from llama.setup import decide
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler (g++)"),
@@ -76,10 +77,16 @@ def test_blocks_in_any_order_and_any_length() -> None:
             torch.testing.assert_close(other, plain, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{"batch_invariant": True}, {"device": "cuda"}])
-def test_what_it_cannot_be_combined_with_is_refused(options: dict[str, object]) -> None:
-    with pytest.raises(ConfigError):
-        Engine(GROUPED, EngineConfig(compile=True, **options))  # type: ignore[arg-type]
+@pytest.mark.parametrize("option", ["batch_invariant", "steps_ahead"])
+def test_what_it_cannot_be_combined_with_is_refused(option: str) -> None:
+    with pytest.raises(ConfigError, match=f"compile=True: .* {option}=True"):
+        EngineConfig(compile=True, **{option: True})  # type: ignore[arg-type]
+
+
+def test_it_is_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama.setup.find_device", lambda name: torch.device("cuda"))
+    with pytest.raises(ConfigError, match="compile=True: is for the CPU"):
+        decide(GROUPED, EngineConfig(compile=True))
 
 
 def test_the_memory_plan_counts_both_layouts() -> None:
