@@ -22,17 +22,15 @@ from llama.scheduler import Plan
 
 log = logging.getLogger("llama")
 
-# A value that more than one loop reads is stored: else the norm would be computed anew for every row of a weight.
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
-    "realize_reads_threshold": 1,
-    "realize_acc_reads_threshold": 1,
+    "size_asserts": False,  # of what this file itself hands over; 4 us a layer
     "cpp.enable_floating_point_contract_flag": "fast",
 }
 # Inductor compiles sizes 0 and 1 as constants; with this many cached tokens all lengths share one function.
 _MIN_CACHED = 2
 
-# (x, block's weights, cos, sin, keys, values) -> (x, k, v) of the new token
-Layer = Callable[[Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+# (x, block's weights, cos, sin, keys, values) -> x, k and v of the new token, and what is returned to be stored
+Layer = Callable[[Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class CompiledRow:
@@ -43,14 +41,14 @@ class CompiledRow:
         self._layer: Layer = torch.compile(_apart(_layer_of(model)), fullgraph=True, options=_OPTIONS)
         self._head = torch.compile(_apart(_head_of(model)), fullgraph=True, options=_OPTIONS)
         self._weights = [_weights(block) for block in model.blocks]
-        self._lm_head = model.lm_head.row_major
+        self._lm_head = model.lm_head.one_row
         self._k = [k.flatten(0, 1) for k in cache.k]
         self._v = [v.flatten(0, 1) for v in cache.v]
         blank = self._k[0].new_zeros((_MIN_CACHED + 1, *self._k[0].shape[1:]))
         torch._dynamo.mark_dynamic(blank, 0)
         x = model.embedding[0].float()
         cos, sin = model.cos_sin[0].chunk(2)
-        x, _, _ = self._layer(x, self._weights[0], cos, sin, blank, blank)
+        x = self._layer(x, self._weights[0], cos, sin, blank, blank)[0]
         self._head(x, model.norm, self._lm_head)
 
     def serves(self, plan: Plan) -> bool:
@@ -77,10 +75,10 @@ class CompiledRow:
                 keys, values = k_cache[start : start + at], v_cache[start : start + at]
             else:
                 keys, values = k_cache.index_select(0, scattered), v_cache.index_select(0, scattered)
-            x, k, v = self._layer(x, weights, cos, sin, keys, values)
+            x, k, v, *_ = self._layer(x, weights, cos, sin, keys, values)
             k_cache[row].copy_(k)
             v_cache[row].copy_(v)
-        return self._head(x, self.model.norm, self._lm_head)
+        return self._head(x, self.model.norm, self._lm_head)[0]
 
 
 def compile_row(model: Transformer, cache: KVCache) -> CompiledRow | None:
@@ -102,7 +100,7 @@ def _apart(function: Any) -> Any:
 
 def _weights(block: Block) -> list[Tensor]:
     matrices = (block.qkv_proj, block.o_proj, block.gate_up_proj, block.down_proj)
-    return [block.attn_norm, block.mlp_norm, *(matrix.row_major for matrix in matrices)]
+    return [block.attn_norm, block.mlp_norm, *(matrix.one_row for matrix in matrices)]
 
 
 def _layer_of(model: Transformer) -> Layer:
@@ -118,34 +116,39 @@ def _layer_of(model: Transformer) -> Layer:
         first, second = x.view(-1, 2, head_dim // 2).unbind(1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        q = q.view(n_kv_heads, group, head_dim) * scale
+    def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        q = q.view(n_kv_heads, group, head_dim)
         scores = (keys.unsqueeze(2) * q).sum(-1)  # [n, n_kv_heads, group]
         own = (k.unsqueeze(1) * q).sum(-1)
         top = torch.maximum(scores.amax(0), own)
         part, own_part = torch.exp(scores - top), torch.exp(own - top)
         total = part.sum(0) + own_part
         mixed = (part.unsqueeze(-1) * values.unsqueeze(2)).sum(0) + own_part.unsqueeze(-1) * v.unsqueeze(1)
-        return (mixed / total.unsqueeze(-1)).view(-1)
+        return (mixed / total.unsqueeze(-1)).view(-1), part
 
     def layer(
         x: Tensor, weights: list[Tensor], cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         attn_norm, mlp_norm, qkv_proj, o_proj, gate_up_proj, down_proj = weights
-        q, k, v = _multiply(qkv_proj, _norm(x, attn_norm, eps)).split([q_dim, kv_dim, kv_dim])
-        q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), v.view(n_kv_heads, head_dim)
-        x = x + _multiply(o_proj, attend(q, k, v, keys, values))
-        gate, up = _multiply(gate_up_proj, _norm(x, mlp_norm, eps)).split([ffn_dim, ffn_dim])
-        return x + _multiply(down_proj, gate / (1 + torch.exp(-gate)) * up), k, v
+        h = _norm(x, attn_norm, eps)
+        q, k, v = _multiply(qkv_proj, h).split([q_dim, kv_dim, kv_dim])
+        q, k, v = rotate(q, cos, sin) * scale, rotate(k, cos, sin), v.view(n_kv_heads, head_dim)
+        attended, part = attend(q, k, v, keys, values)
+        x = x + _multiply(o_proj, attended)
+        h2 = _norm(x, mlp_norm, eps)
+        gate, up = _multiply(gate_up_proj, h2).split([ffn_dim, ffn_dim])
+        act = gate / (1 + torch.exp(-gate)) * up
+        return x + _multiply(down_proj, act), k, v, h, q, part, attended, h2, act
 
     return layer
 
 
-def _head_of(model: Transformer) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _head_of(model: Transformer) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
     eps = model.config.norm_eps
 
-    def head(x: Tensor, norm: Tensor, lm_head: Tensor) -> Tensor:
-        return _multiply(lm_head, _norm(x, norm, eps)).unsqueeze(0)
+    def head(x: Tensor, norm: Tensor, lm_head: Tensor) -> tuple[Tensor, ...]:
+        h = _norm(x, norm, eps)
+        return _multiply(lm_head, h).unsqueeze(0), h
 
     return head
 
@@ -155,5 +158,13 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _multiply(weight: Tensor, x: Tensor) -> Tensor:
-    """weight [n, k] @ x [k], written as the loop that Inductor makes of it; as a matmul it would go to oneDNN."""
-    return (weight.float() * x).sum(-1)
+    """weight [n, k] @ x [k], written as the loop that Inductor makes of it; as a matmul it would go to oneDNN.
+
+    An int32 weight is one of `kernels.linear_weight.pair_columns`: a shift or a mask makes 16 fp32 numbers of a whole
+    vector register, where widening bf16 takes half a register and more instructions. From memory it is twice as fast.
+    """
+    if weight.dtype != torch.int32:
+        return (weight.float() * x).sum(-1)
+    half = weight.shape[1]
+    left, right = (weight << 16).view(torch.float32), (weight & -65536).view(torch.float32)
+    return (left * x[:half] + right * x[half:]).sum(-1)

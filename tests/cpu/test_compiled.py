@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.linear_weight import pair_columns
+from kernels.pages import on_large_pages
 from llama.batch import Batch
 from llama.cache import KVCache, plan_memory
 from llama.compiled import CompiledRow
@@ -56,19 +58,31 @@ def test_shared_models(shared_file: Callable[[str], Path]) -> None:
     assert_equal(answers(model, [[1]]), answers(model, [[1]], compile=True))
 
 
+def filled_cache() -> KVCache:
+    """20 blocks of 16 tokens, the same numbers each time."""
+    cache = KVCache.empty(GROUPED, 20, 16, torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    for tensor in cache.k + cache.v:
+        tensor.normal_(generator=generator)
+    return cache
+
+
+def last_token(token_ids: list[int], table: list[int]) -> Plan:
+    """The step that computes the last of them, the others being in the cache."""
+    seq = Sequence(Request([[1]], SamplingParams()), 0, token_ids, 1, 256, 0, frozenset())
+    seq.num_computed, seq.block_table = len(token_ids) - 1, table
+    return Plan([seq], [len(token_ids) - 1], [1], [True])
+
+
 @torch.inference_mode()
 def test_blocks_in_any_order_and_any_length() -> None:
     """The rows before are read where they lie, or gathered; the new token's are written to their place."""
     parameters = random_parameters(GROUPED, torch.float32, torch.device("cpu"))
     model = Transformer(GROUPED, parameters, 256, False, keep_rows=True)
-    caches = [KVCache.empty(GROUPED, 20, 16, torch.float32, torch.device("cpu")) for _ in range(2)]
-    for plain, other in zip(caches[0].k + caches[0].v, caches[1].k + caches[1].v, strict=True):
-        other.copy_(plain.normal_())
+    caches = [filled_cache(), filled_cache()]
     row = CompiledRow(model, caches[1])
     for n_tokens, table in ((3, [5]), (17, [9, 4]), (48, [7, 8, 9]), (40, [9, 3, 12]), (49, [3, 4, 5, 19])):
-        seq = Sequence(Request([[1]], SamplingParams()), 0, [2 + i for i in range(n_tokens)], 1, 256, 0, frozenset())
-        seq.num_computed, seq.block_table = n_tokens - 1, table
-        plan = Plan([seq], [n_tokens - 1], [1], [True])
+        plan = last_token([2 + i for i in range(n_tokens)], table)
         assert row.serves(plan)
         batch = Batch.from_plan(plan, [0], 16, torch.device("cpu"))
         wanted = model.logits(model.forward(batch, caches[0]))
@@ -108,3 +122,34 @@ def test_without_a_compiler_it_says_so_and_answers(
     with caplog.at_level(logging.WARNING, "llama"):
         assert_equal(plain, answers(GROUPED, PROMPTS, compile=True))
     assert "torch.compile failed, steps run operator by operator: no compiler" in caplog.text
+
+
+def test_paired_columns_hold_every_number_of_a_bf16_matrix() -> None:
+    weight = torch.randn(5, 12).bfloat16()
+    weight[0, 0], weight[1, 7], weight[2, 5] = float("-inf"), -0.0, 1e-40  # a sign alone, and what bf16 has below 1e-38
+    pairs = pair_columns(weight)
+    left, right = (pairs << 16).view(torch.float32), (pairs & -65536).view(torch.float32)
+    assert pairs.dtype == torch.int32
+    assert torch.equal(torch.cat((left, right), 1).view(torch.int32), weight.float().view(torch.int32))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (1024, 1024)])  # less than a large page, and more
+def test_large_pages_hold_what_was_copied(shape: tuple[int, int]) -> None:
+    tensor = torch.randn(shape)
+    copy = on_large_pages(tensor.t())
+    assert copy.is_contiguous() and torch.equal(copy, tensor.t())
+    assert copy.data_ptr() != tensor.data_ptr()
+
+
+def test_bf16_weights_are_rounded_no_more_than_on_the_plain_path() -> None:
+    """Against the same weights in fp32: one-row steps keep fp32 between the multiplications."""
+    parameters = random_parameters(GROUPED, torch.bfloat16, torch.device("cpu"))
+    wide = {name: tensor.float() for name, tensor in parameters.items()}
+    plan = last_token([1, 17, 40, 12, 8], [1])
+    with torch.inference_mode():
+        exact = Transformer(GROUPED, wide, 256, False)
+        fast = Transformer(GROUPED, parameters, 256, False, keep_rows=True)
+        batch = Batch.from_plan(plan, [0], 16, torch.device("cpu"))
+        expected = exact.logits(exact.forward(batch, filled_cache()))
+        made = CompiledRow(fast, filled_cache()).run(plan)
+    assert (made - expected).abs().max() < 1e-4

@@ -1,0 +1,54 @@
+"""The CPU's paged attention beside the formula, in fp64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import paged_attention, plan_attention
+
+BLOCK, N_HEADS, N_KV_HEADS, HEAD_DIM = 16, 4, 2, 8
+
+
+def formula(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The queries are the last positions of one sequence."""
+    n, n_keys, group = len(q), len(keys), N_HEADS // N_KV_HEADS
+    keys, values = (c.double().repeat_interleave(group, 1) for c in (keys, values))
+    scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * HEAD_DIM**-0.5
+    hidden = torch.arange(n_keys)[None, :] > torch.arange(n_keys - n, n_keys)[:, None]
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), values)
+
+
+@pytest.mark.parametrize("side_by_side", [True, False])
+@pytest.mark.parametrize(
+    "queries_keys",
+    [
+        [(1, 1)],
+        [(129, 129)],  # one query more than goes in one part
+        [(300, 300), (1, 40), (128, 512)],
+        [(200, 512)],
+        [(200, 513)],  # behind what is cut in parts
+        [(5, 9), (257, 400), (1, 1)],
+    ],
+)
+def test_prompts_in_parts(queries_keys: list[tuple[int, int]], side_by_side: bool) -> None:
+    dice = np.random.default_rng(5)
+    torch.manual_seed(5)
+    widths = [-(-n_keys // BLOCK) for _, n_keys in queries_keys]
+    n_blocks = 1 + sum(widths)
+    order = np.arange(1, n_blocks) if side_by_side else dice.permutation(np.arange(1, n_blocks))
+    tables = np.zeros((len(widths), max(widths)), np.int32)
+    for i, width in enumerate(widths):
+        tables[i, :width], order = order[:width], order[width:]
+    k_cache, v_cache = (torch.randn(n_blocks, BLOCK, N_KV_HEADS, HEAD_DIM) for _ in range(2))
+    starts = np.cumsum([0] + [n for n, _ in queries_keys], dtype=np.int32)
+    lengths = np.array([n_keys for _, n_keys in queries_keys], np.int32)
+    q = torch.randn(int(starts[-1]), N_HEADS, HEAD_DIM)
+    plan = plan_attention(starts, lengths, tables, BLOCK, torch.device("cpu"))
+    made = paged_attention(q, k_cache, v_cache, plan, HEAD_DIM**-0.5)
+    for i, (n, n_keys) in enumerate(queries_keys):
+        keys, values = (c[tables[i, : widths[i]]].flatten(0, 1)[:n_keys] for c in (k_cache, v_cache))
+        rows = slice(int(starts[i]), int(starts[i]) + n)
+        torch.testing.assert_close(made[rows].double(), formula(q[rows], keys, values), atol=2e-5, rtol=0)
