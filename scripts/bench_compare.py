@@ -1,4 +1,5 @@
-"""The same weights, prompts and lengths through ours, transformers and llama.cpp, in turns.
+"""The same weights, prompts and lengths through ours and the peers, in turns: transformers, llama.cpp on the CPU, and
+on a card gpt-fast (--gpt-fast DIR) and vLLM (--vllm), where they are asked for.
 
 Subjects: decode of one sequence, 8 and 32 sequences at once, the prefill of 512 tokens. A peer whose greedy tokens in
 fp32 are not ours, on several prompts, computes something else, and gets no ratio.
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bench_engines
 import bench_figures
 import bench_model
 import roofline_plot
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bench_model.add_invariance(parser)
     bench_figures.add_arguments(parser)
     roofline_plot.add_arguments(parser)
+    bench_engines.add_arguments(parser)
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--tokens", type=int, default=128, help="to decode, of each sequence")
     parser.add_argument("--prompt-tokens", type=int, default=16, help="before the decoded ones")
@@ -79,17 +82,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     points: list[roofline_plot.Point] = []
     with weights_folder(args) as folder, tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         peers = [transformers_peer(args, folder), llama_cpp_peer(args, folder, Path(scratch))]
+        peers += bench_engines.asked_for(args, folder, Path(scratch))
         with (
             peer_sides(args, folder, peers, 32, longest) as (theirs, refused),
             make_engine(args, 32, longest, args.batch_invariant, folder) as engine,
         ):
             sides: list[Side] = [Ours(engine), *theirs]
             for name, subject in subjects(args, config, kept).items():
-                if name in args.subjects:
-                    figures = alternate({side.name: subject.run(side) for side in sides}, args.rounds)
-                    title = f"{name}: {model_title(args)}"
-                    found[name] = beside(title, figures, "tok/s", args.max_spread, refused)
-                    points += roofline_plot.points(name, figures, subject.work, subject.tokens, args.max_spread)
+                if name not in args.subjects:
+                    continue
+                others = {
+                    peer.name: f"is measured in {peer.only} only" for peer in peers if peer.only not in (None, name)
+                }
+                running = [side for side in sides if side.name not in others]
+                figures = alternate({side.name: subject.run(side) for side in running}, args.rounds)
+                found[name] = beside(
+                    f"{name}: {model_title(args)}", figures, "tok/s", args.max_spread, others | refused
+                )
+                points += roofline_plot.points(name, figures, subject.work, subject.tokens, args.max_spread)
             ceilings = measure_ceilings(args.device, args.dtype)
     found["ceilings"] = ceilings.report()
     if args.plot:

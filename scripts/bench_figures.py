@@ -26,6 +26,12 @@ class Figure:
     def spread(self) -> float:
         return (max(self.values) - min(self.values)) / self.median
 
+    @property
+    def steadiness(self) -> str:
+        """The spread in words, or that there is none to tell."""
+        n = len(self.values)
+        return f"spread {self.spread:.0%}" if n >= MIN_ROUNDS else f"{n} round{'s' * (n > 1)}, spread unknown"
+
     def noise(self, max_spread: float) -> str | None:
         """Why this is no figure to report, or None."""
         if self.spread <= max_spread:
@@ -108,7 +114,7 @@ def beside(
         against = (
             f"  ours is {ratios[name]['ratio']:.2f}x (spread {ratios[name]['spread']:.0%})" if name in ratios else ""
         )
-        own = figure.noise(max_spread) or f"{figure.median:>10.1f} {unit} (spread {figure.spread:.0%})"
+        own = figure.noise(max_spread) or f"{figure.median:>10.1f} {unit} ({figure.steadiness})"
         print(f"  {name:20} {own}{against}")
     for name, reason in reasons.items():
         print(f"  {name:20} no ratio: {reason}")

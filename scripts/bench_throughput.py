@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "requests": requests,
             "output_tok_s": round(figure.median, 1),
             "spread": round(figure.spread, 3),
+            "rounds": len(figure.values),
             "sequences": round(fitting),
             "limit": round(limit, 1),
             "share": round(share, 3),

@@ -12,6 +12,7 @@ import pytest
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import bench_serve  # noqa: E402
 from bench_figures import Figure, alternate, beside, best_peers  # noqa: E402
 from bench_model import SHAPES  # noqa: E402
 from bench_remote import RemoteSides  # noqa: E402
@@ -65,6 +66,18 @@ def test_no_median_of_a_side_that_varied_but_its_ratio_where_both_did(capsys: py
     assert found["medians"] == {} and found["spreads"] == {"ours": 0.5, "peer": 0.5}
     assert found["ratios"]["peer"]["ratio"] == 2.0
     assert "20.0 tok/s" not in capsys.readouterr().out
+
+
+def test_few_rounds_tell_no_spread() -> None:
+    assert Figure([1, 1]).steadiness == "2 rounds, spread unknown"
+    assert Figure([1, 1, 2]).steadiness == "spread 100%"
+
+
+def test_http_beside_in_process_is_refused_like_any_ratio() -> None:
+    steady = {"ours": Figure([9, 9, 9]), "in process": Figure([10, 10, 10])}
+    assert bench_serve.http_line(0, steady, 0.3) == {"in_process": 10, "http": 9, "ratio": 0.9, "spread": 0.0}
+    found = bench_serve.http_line(0, {"ours": Figure([1, 9, 5]), "in process": Figure([10, 10, 10])}, 0.3)
+    assert found["refused"].startswith("too noisy to compare") and "ratio" not in found
 
 
 def test_a_missing_peer_is_named() -> None:
