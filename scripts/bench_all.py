@@ -29,6 +29,8 @@ from roofline_plot import Drawing
 BENCH = Path(__file__).with_name("bench.py")
 CARD = "--device cuda --dtype bfloat16"
 SMALL, LARGE = "--shape 110M --dtype", "--shape 1.1B --dtype bfloat16"
+FULL = f"throughput {CARD} --shape 7B --requests fit --shapes"
+LONG = ("128/2048", "500/2000", "2048/2048")
 WEIGHTS = "weights"  # a folder of the commands' own
 
 
@@ -50,16 +52,16 @@ class Command:
 PLANS = {
     "cpu": (
         Command("overhead", "overhead"),
-        Command("compare-110M-bf16", f"compare {SMALL} bfloat16 --tokens 64", True, True),
-        Command("compare-110M-fp32", f"compare {SMALL} float32 --tokens 48", True, True),
-        Command("latency-110M", f"latency {SMALL} bfloat16 --tokens 64 --ttft 128 512", True, True),
+        Command("compare-110M-bf16", f"compare {SMALL} bfloat16 --compile --tokens 64", True, True),
+        Command("compare-110M-fp32", f"compare {SMALL} float32 --compile --tokens 48", True, True),
+        Command("latency-110M", f"latency {SMALL} bfloat16 --compile --tokens 64 --ttft 128 512", True, True),
         Command("prefix", f"prefix {SMALL} bfloat16 --prompts 8"),
         Command("slots", f"slots {SMALL} bfloat16 --slots 8 --requests 24 --prompt-tokens 64 --tokens 32 --rounds 3"),
         Command("throughput", f"throughput {SMALL} bfloat16 --requests 16 --scale 0.05", False, True),
         Command("offline", f"offline {SMALL} bfloat16 --prompts 16 --rounds 3", True),
         Command("invariance", f"invariance {SMALL} bfloat16 --prompts 16 --rounds 3"),
         Command("serve", "serve --parts overhead refusals load --rounds 3"),
-        Command("compare-1.1B", f"compare {LARGE} --tokens 16 --subjects decode batch8 prefill", True, True),
+        Command("compare-1.1B", f"compare {LARGE} --compile --tokens 16 --subjects decode batch8 prefill", True, True),
     ),
     "cuda": (
         Command("overhead", "overhead"),
@@ -68,21 +70,11 @@ PLANS = {
         Command("idle-7B", f"idle {CARD} --shape 7B"),
         Command("latency-13B", f"latency {CARD} --shape 13B --prompt-tokens 128 --no-peers", False, True),
         Command("latency-70B", f"latency {CARD} --shape 70B --prompt-tokens 128 --tokens 64 --no-peers", False, True),
-        Command(
-            "throughput-7B",
-            f"throughput {CARD} --shape 7B --requests fit --shapes 128/128 1000/1000 2048/128",
-            False,
-            True,
-        ),
-        Command(
-            "throughput-7B-long",
-            f"throughput {CARD} --shape 7B --requests fit --shapes 128/2048 500/2000 2048/2048 --rounds 2",
-            False,
-            True,
-        ),
+        Command("throughput-7B", f"{FULL} 128/128 1000/1000 2048/128", False, True),
+        *(Command(f"throughput-7B-{one.replace('/', '-')}", f"{FULL} {one}", False, True) for one in LONG),
         Command("kernels-7B", "kernels --model 7B"),
         Command("compare-7B", f"compare {CARD} --shape 7B --tokens 64 --rounds 3", True, True),
-        Command("prefix-7B", f"prefix {CARD} --shape 7B"),
+        Command("prefix-7B", f"prefix {CARD} --shape 7B --prompts 16"),
         Command("invariance-7B", f"invariance {CARD} --shape 7B --rounds 3"),
         Command("serve", "serve --parts overhead refusals --rounds 3"),
     ),
@@ -231,7 +223,7 @@ def keep(picture: Path, out: Path) -> str:
 def heading(facts: dict[str, Any]) -> str:
     """What the figures were taken on."""
     machine = facts["card"] or f"{facts['cpu']}, {facts['threads']} threads"
-    about = f"torch {facts['torch']}, Python {facts['python']}, commit {facts['commit']}"
+    about = f"torch {facts['torch']}, Python {facts['python']}, commit {facts['commit'] or 'unknown'}"
     return f"# {machine}, {facts['date']}\n\n{facts['cpu']}, {facts['threads']} threads; {about}.\n"
 
 
