@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     versions = {"transformers": transformers_facts(), "llama.cpp": llama_cpp_facts()}
     found: dict[str, Any] = {"model": args.model or args.shape, "dtype": args.dtype, "peers": versions}
     points: list[roofline_plot.Point] = []
+    before = measure_ceilings(args.device, args.dtype)
     with weights_folder(args) as folder, tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         peers = [transformers_peer(args, folder), llama_cpp_peer(args, folder, Path(scratch))]
         peers += bench_engines.asked_for(args, folder, Path(scratch))
@@ -94,14 +95,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 others = {
                     peer.name: f"is measured in {peer.only} only" for peer in peers if peer.only not in (None, name)
                 }
-                running = [side for side in sides if side.name not in others]
+                running = [side for side in sides if side.name.split()[0] not in others]
                 figures = alternate({side.name: subject.run(side) for side in running}, args.rounds)
                 found[name] = beside(
                     f"{name}: {model_title(args)}", figures, "tok/s", args.max_spread, others | refused
                 )
                 points += roofline_plot.points(name, figures, subject.work, subject.tokens, args.max_spread)
-            ceilings = measure_ceilings(args.device, args.dtype)
+            after = measure_ceilings(args.device, args.dtype)
+    ceilings = before.best(after)
     found["ceilings"] = ceilings.report()
-    if args.plot:
+    if args.plot and (moved := before.moved(after, args.max_spread)):
+        print(f"no picture, for want of a steady roof: {moved}")
+    elif args.plot:
         roofline_plot.draw(args.plot, model_title(args), machine_title(args.device), ceilings.card, points)
     return found

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompts = [random_prompt(config, n, dice) for n in args.ttft if n < config.max_seq_len]
     prompt = random_prompt(config, args.prompt_tokens, dice)
     longest = max(args.prompt_tokens + args.tokens, *(len(one) + 1 for one in prompts), 1)
+    before = measure_ceilings(args.device, args.dtype)
     with (
         transformers_or_none(args, 1, longest) as (peers, refused, folder),
         make_engine(args, 1, longest, args.batch_invariant, folder) as engine,
@@ -44,30 +45,35 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         sides: list[Side] = [Ours(engine), *peers]
         decode = alternate({side.name: partial(side.decode, prompt, args.tokens) for side in sides}, args.rounds)
         prefill = [alternate({side.name: partial(side.prefill, one) for side in sides}, args.rounds) for one in prompts]
-        ceilings = measure_ceilings(args.device, args.dtype)
+        after = measure_ceilings(args.device, args.dtype)
+    ceilings, moved = before.best(after), before.moved(after, args.max_spread)
     title, context = model_title(args), args.prompt_tokens + args.tokens / 2
     found: dict[str, Any] = {"model": args.model or args.shape, "dtype": args.dtype, "ceilings": ceilings.report()}
-    after = f"decode after {args.prompt_tokens} tokens: {title}"
-    found["decode"] = beside(after, decode, "tok/s", args.max_spread, refused)
-    found["decode"] |= _decode_limit(args, ceilings.card, decode[OURS])
+    if moved:
+        print(moved)
+        found["refused"] = moved
+    about = f"decode after {args.prompt_tokens} tokens: {title}"
+    found["decode"] = beside(about, decode, "tok/s", args.max_spread, refused)
+    found["decode"] |= _decode_limit(args, ceilings.card, decode[OURS], moved is None)
     points = roofline_plot.points("decode", decode, decode_work(config, kept, 1, context), 1, args.max_spread)
     for one, figures in zip(prompts, prefill, strict=True):
         n, what = len(one), f"prefill of {len(one)}"
-        about = beside(f"{what} tokens: {title}", figures, "tok/s", args.max_spread, refused)
-        found[f"prefill_{n}"] = about | _prefill_limit(args, ceilings.card, figures, n)
+        found[f"prefill_{n}"] = beside(f"{what} tokens: {title}", figures, "tok/s", args.max_spread, refused)
+        found[f"prefill_{n}"] |= _prefill_limit(args, ceilings.card, figures, n, moved is None)
         points += roofline_plot.points(what, figures, prefill_work(config, kept, n), n, args.max_spread)
-    if args.plot:
+    if args.plot and not moved:
         roofline_plot.draw(args.plot, title, machine_title(args.device), ceilings.card, points)
     return found
 
 
-def _decode_limit(args: argparse.Namespace, card: Card, ours: Figure) -> dict[str, Any]:
+def _decode_limit(args: argparse.Namespace, card: Card, ours: Figure, steady: bool) -> dict[str, Any]:
+    """steady: the ceilings did not move, so a share of them can be told."""
     config, kept = model_config(args), model_format(args)
     context = args.prompt_tokens + args.tokens / 2
     nbytes = decode_work(config, kept, 1, context).nbytes
     limit = decode_rate(config, card, kept, 1, context)
     found = {"MB_per_token": round(nbytes / 1e6, 1), "limit": round(limit, 1)}
-    if ours.noise(args.max_spread):
+    if not steady or ours.noise(args.max_spread):
         print(f"  {nbytes / 1e6:.1f} MB per token; the limit is {limit:.0f} tok/s")
         return found
     share = ours.median * nbytes / card.bandwidth
@@ -75,15 +81,17 @@ def _decode_limit(args: argparse.Namespace, card: Card, ours: Figure) -> dict[st
     return found | {"share_of_bandwidth": round(share, 3)}
 
 
-def _prefill_limit(args: argparse.Namespace, card: Card, figures: dict[str, Figure], n: int) -> dict[str, Any]:
+def _prefill_limit(
+    args: argparse.Namespace, card: Card, figures: dict[str, Figure], n: int, steady: bool
+) -> dict[str, Any]:
     limit = n / prefill_seconds(model_config(args), card, model_format(args), n)
-    steady = {name: figure.median for name, figure in figures.items() if not figure.noise(args.max_spread)}
-    ttft = {name: round(n / rate * 1e3, 2) for name, rate in steady.items()}
+    rates = {name: figure.median for name, figure in figures.items() if not figure.noise(args.max_spread)}
+    ttft = {name: round(n / rate * 1e3, 2) for name, rate in rates.items()}
     found = {"ttft_ms": ttft, "limit": round(limit, 1)}
     told = ", ".join(f"{name} {ms:.1f} ms" for name, ms in ttft.items()) or "of none: too noisy"
-    if OURS not in steady:
+    if not steady or OURS not in rates:
         print(f"  TTFT {told}; the limit is {limit:.0f} tok/s")
         return found
-    share = steady[OURS] / limit
+    share = rates[OURS] / limit
     print(f"  TTFT {told}; {share:.0%} of {limit:.0f} tok/s")
     return found | {"share": round(share, 3)}

@@ -24,6 +24,19 @@ class Ceilings:
     matmul: float
     dtype: str
 
+    def best(self, other: Ceilings) -> Ceilings:
+        """The higher of both, measured before and after the figures: neither end of a run is sure to be undisturbed."""
+        return Ceilings(max(self.read, other.read), max(self.matmul, other.matmul), self.dtype)
+
+    def moved(self, other: Ceilings, max_spread: float) -> str | None:
+        """Why no share of them means anything, or None."""
+        pairs = {"read": (self.read, other.read), "matmul": (self.matmul, other.matmul)}
+        for name, (before, after) in pairs.items():
+            change = max(before, after) / min(before, after) - 1
+            if change > max_spread:
+                return f"no share: the {name} ceiling moved by {change:.0%} during the run, more than {max_spread:.0%}"
+        return None
+
     @property
     def card(self) -> Card:
         return Card(memory=0, bandwidth=self.read, bf16=self.matmul, fp8=None, source="measured in this run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import bench_figures
@@ -13,7 +14,7 @@ from bench_figures import OURS, Figure
 from bench_machine import machine_title, measure_ceilings
 from bench_model import make_engine, model_config, model_format, model_title, random_prompt
 from bench_sides import Ours
-from roofline import serving_rate, serving_work
+from roofline import Card, serving_rate, serving_work
 
 MOST_REQUESTS = 1024  # that "fit"
 SHAPES = ("128/128", "128/2048", "500/2000", "1000/1000", "2048/128", "2048/2048")
@@ -44,51 +45,68 @@ def request_count(text: str) -> int | None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    config, kept = model_config(args), model_format(args)
     found: dict[str, Any] = {"model": args.model or args.shape, "dtype": args.dtype}
-    ceilings = measure_ceilings(args.device, args.dtype)
+    before = measure_ceilings(args.device, args.dtype)
+    measured = {shape: measure(args, shape) for shape in args.shapes}
+    after = measure_ceilings(args.device, args.dtype)
+    ceilings, moved = before.best(after), before.moved(after, args.max_spread)
     found["ceilings"] = ceilings.report()
+    if moved:
+        print(moved)
+        found["refused"] = moved
     points: list[roofline_plot.Point] = []
     print(f"{args.requests or 'as many as fit'} requests at once, lengths x {args.scale}: {model_title(args)}")
     print(
         f"{'in/out':>10} {'requests':>9} {'output tok/s':>13} {'spread':>7} {'sequences':>10} {'limit':>9} {'share':>6}"
     )
-    for shape in args.shapes:
-        isl, osl = (max(2, round(int(part) * args.scale)) for part in shape.split("/"))
-        if isl + osl > config.max_seq_len:
-            found[shape] = f"{isl} + {osl} tokens are more than the context of {config.max_seq_len}"
-            print(f"{shape:>10} {found[shape]}")
-            continue
-        figure, requests, fitting = measure(args, isl, osl)
-        if noise := figure.noise(args.max_spread):
-            found[shape] = noise
-            print(f"{shape:>10} {requests:>9} {noise}")
-            continue
-        limit = serving_rate(config, ceilings.card, kept, fitting, isl, osl)
-        share = figure.median / limit
-        print(
-            f"{shape:>10} {requests:>9} {figure.median:>13.1f} {figure.spread:>7.0%} {fitting:>10.0f} {limit:>9.0f} "
-            f"{share:>6.0%}"
-        )
-        found[shape] = {
-            "requests": requests,
-            "output_tok_s": round(figure.median, 1),
-            "spread": round(figure.spread, 3),
-            "rounds": len(figure.values),
-            "sequences": round(fitting),
-            "limit": round(limit, 1),
-            "share": round(share, 3),
-        }
-        work = serving_work(config, kept, fitting, isl, osl)
-        points += roofline_plot.points(shape, {OURS: figure}, work, fitting * osl, args.max_spread)
-    if args.plot:
+    for shape, one in measured.items():
+        found[shape] = one if isinstance(one, str) else line(args, shape, one, ceilings.card, moved is None)
+        if isinstance(one, str):
+            print(f"{shape:>10} {one}")
+        else:
+            work = serving_work(model_config(args), model_format(args), one.sequences, one.isl, one.osl)
+            tokens = one.sequences * one.osl
+            points += roofline_plot.points(shape, {OURS: one.figure}, work, tokens, args.max_spread)
+    if args.plot and not moved:
         roofline_plot.draw(args.plot, model_title(args), machine_title(args.device), ceilings.card, points)
     return found
 
 
-def measure(args: argparse.Namespace, isl: int, osl: int) -> tuple[Figure, int, float]:
-    """Output tokens/s, the number of requests, and how many of their sequences are there at a time, at most."""
+def line(args: argparse.Namespace, shape: str, one: Measured, card: Card, steady: bool) -> dict[str, Any]:
+    """A line of the table, and the same by name. steady: the ceilings did not move, so a share can be told."""
+    limit = serving_rate(model_config(args), card, model_format(args), one.sequences, one.isl, one.osl)
+    share = one.figure.median / limit if steady else None
+    told = f"{share:.0%}" if share is not None else "-"
+    figure = f"{one.figure.median:>13.1f} {one.figure.spread:>7.0%}"
+    print(f"{shape:>10} {one.requests:>9} {figure} {one.sequences:>10.0f} {limit:>9.0f} {told:>6}")
+    return {
+        "requests": one.requests,
+        "output_tok_s": round(one.figure.median, 1),
+        "spread": round(one.figure.spread, 3),
+        "rounds": len(one.figure.values),
+        "sequences": round(one.sequences),
+        "limit": round(limit, 1),
+        "share": share and round(share, 3),
+    }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Output tokens/s of `requests` with isl tokens in and osl out, at most `sequences` of them there at a time."""
+
+    figure: Figure
+    requests: int
+    sequences: float
+    isl: int
+    osl: int
+
+
+def measure(args: argparse.Namespace, shape: str) -> Measured | str:
+    """Or why there is no figure."""
     config, dice = model_config(args), random.Random(5)
+    isl, osl = (max(2, round(int(part) * args.scale)) for part in shape.split("/"))
+    if isl + osl > config.max_seq_len:
+        return f"{isl} + {osl} tokens are more than the context of {config.max_seq_len}"
     slots = args.requests or MOST_REQUESTS
     with make_engine(args, slots, isl + osl, args.batch_invariant, max_batch_seqs=slots, whole_card=True) as engine:
         cached = engine.memory_plan.kv_tokens
@@ -97,4 +115,6 @@ def measure(args: argparse.Namespace, isl: int, osl: int) -> tuple[Figure, int, 
         ours = Ours(engine)
         ours.batch(prompts[:2], [min(4, osl)] * len(prompts[:2]))
         figure = Figure([ours.batch(prompts, [osl] * requests) for _ in range(args.rounds)])
-    return figure, requests, min(requests, cached / (isl + osl / 2))
+    return figure.noise(args.max_spread) or Measured(
+        figure, requests, min(requests, cached / (isl + osl / 2)), isl, osl
+    )

@@ -14,6 +14,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import bench_serve  # noqa: E402
 from bench_figures import Figure, alternate, beside, best_peers  # noqa: E402
+from bench_machine import Ceilings  # noqa: E402
 from bench_model import SHAPES  # noqa: E402
 from bench_remote import RemoteSides  # noqa: E402
 from roofline import (  # noqa: E402
@@ -66,6 +67,14 @@ def test_no_median_of_a_side_that_varied_but_its_ratio_where_both_did(capsys: py
     assert found["medians"] == {} and found["spreads"] == {"ours": 0.5, "peer": 0.5}
     assert found["ratios"]["peer"]["ratio"] == 2.0
     assert "20.0 tok/s" not in capsys.readouterr().out
+
+
+def test_a_share_is_told_of_ceilings_that_did_not_move() -> None:
+    before, after = Ceilings(40.0, 200.0, "float32"), Ceilings(36.0, 210.0, "float32")
+    assert before.best(after) == Ceilings(40.0, 210.0, "float32")
+    assert before.moved(after, 0.3) is None
+    assert after.moved(before, 0.1) == "no share: the read ceiling moved by 11% during the run, more than 10%"
+    assert before.moved(Ceilings(40.0, 100.0, "float32"), 0.3).startswith("no share: the matmul ceiling moved by 100%")
 
 
 def test_few_rounds_tell_no_spread() -> None:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import bench_model  # noqa: E402
 import bench_offline  # noqa: E402
 import bench_peers  # noqa: E402
 import bench_throughput  # noqa: E402
+from bench_figures import Figure  # noqa: E402
+from bench_machine import Ceilings  # noqa: E402
 from bench_model import weights_folder  # noqa: E402
 from bench_peers import CHECKED_PROMPTS, Peer, peer_sides  # noqa: E402
 from bench_sides import Ours  # noqa: E402
@@ -169,6 +172,43 @@ def test_throughput_refuses_what_varied_and_what_does_not_fit(monkeypatch: pytes
     found = bench_throughput.run(args)
     assert found["128/128"].startswith("too noisy: the spread of ")
     assert found["2048/128"] == "1024 + 64 tokens are more than the context of 256"
+
+
+def test_no_share_and_no_picture_where_the_ceilings_moved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figures themselves stay."""
+    for subject, words in (
+        (bench_latency, ["--no-peers", "--tokens", "3", "--ttft", "8"]),
+        (bench_throughput, ["--requests", "2", "--shapes", "128/128", "--scale", "0.1"]),
+        (bench_compare, ["--subjects", "decode", "--tokens", "3", "--prefill-tokens", "8"]),
+    ):
+        ceilings = iter([Ceilings(4e9, 2e11, "float32"), Ceilings(9e9, 2e11, "float32")])
+        monkeypatch.setattr(subject, "measure_ceilings", lambda *_, ceilings=ceilings: next(ceilings))
+        monkeypatch.setattr(bench_compare, "llama_cpp_peer", lambda *_: Peer("llama.cpp", "is not here", None))
+        args = arguments(subject, *words, "--max-spread", "1")
+        args.plot = tmp_path / "roof.png"
+        monkeypatch.setattr(Figure, "noise", lambda self, bound: None)
+        found = subject.run(args)
+        assert "the read ceiling moved by 125%" in capsys.readouterr().out and not args.plot.exists()
+        if subject is bench_latency:
+            assert "share_of_bandwidth" not in found["decode"] and "share" not in found["prefill_8"]
+            assert found["decode"]["medians"]["ours"] > 0
+        elif subject is bench_throughput:
+            assert found["128/128"]["share"] is None and found["128/128"]["output_tok_s"] > 0
+
+
+def test_a_peer_that_does_one_thing_is_not_asked_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def right(args: argparse.Namespace, folder: Path, *_: object) -> Peer:
+        return replace(copying(folder), only="decode")
+
+    monkeypatch.setattr(bench_compare, "transformers_peer", right)
+    monkeypatch.setattr(bench_compare, "llama_cpp_peer", lambda *_: Peer("llama.cpp", "is not here", None))
+    words = ["--subjects", "decode", "prefill", "--tokens", "3", "--prefill-tokens", "8"]
+    found = bench_compare.run(arguments(bench_compare, *words))
+    assert "copy plain" in found["decode"]["medians"] and "copy" not in found["decode"]["refused"]
+    assert "copy plain" not in found["prefill"]["medians"]
+    assert found["prefill"]["refused"]["copy"] == "is measured in decode only"
 
 
 def test_as_many_requests_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
