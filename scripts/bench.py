@@ -4,14 +4,18 @@
     python scripts/bench.py latency    --shape 110M    one request alone: TTFT, prefill and decode, beside transformers
     python scripts/bench.py offline    --shape 110M    64 prompts of mixed lengths, beside transformers' generate
     python scripts/bench.py throughput --shape 110M    fixed lengths in and out, all queued at once, beside the limit
+    python scripts/bench.py slots      --shape 110M    all slots busy: time between tokens, and to the first
     python scripts/bench.py prefix     --shape 110M    what the prefix cache costs and brings
     python scripts/bench.py compare    --shape 110M    the same weights and prompts through ours and the peers
     python scripts/bench.py invariance                 what batch_invariant=True costs
     python scripts/bench.py kernels                    each kernel beside the card's ceilings and torch
+    python scripts/bench.py idle --device cuda         how long the card waits between decode steps
+    python scripts/bench.py ceilings                   what the machine reaches at most
+    python scripts/bench.py all --device cuda          every one that makes sense there, into a file of benchmarks/
 
 --model DIR measures a real checkpoint instead of random weights of a shape. Runs of the sides alternate; a figure is
-the median of --rounds, a ratio the median of the rounds' ratios. No ratio is printed, but the reason, where the rounds
-differ too much (--max-spread), where a peer is missing, or where its tokens differ from ours.
+the median of --rounds, a ratio the median of the rounds' ratios. Neither is printed, but the reason, where the rounds
+differ too much (--max-spread); and no ratio where a peer is missing, or where its tokens differ from ours.
 """
 
 from __future__ import annotations
@@ -28,7 +32,10 @@ from llama.errors import EngineError
 
 # Each is a module bench_SUBJECT with add_arguments(parser) and run(args) -> figures. Only the one asked for is
 # imported, since `kernels` must run where nothing that `serve` needs is installed.
-SUBJECTS = ("overhead", "latency", "offline", "throughput", "serve", "prefix", "compare", "invariance", "kernels")
+SUBJECTS = (
+    *("overhead", "latency", "offline", "throughput", "serve", "slots", "prefix", "compare", "invariance", "kernels"),
+    *("idle", "ceilings", "all"),
+)
 
 
 def main(argv: list[str]) -> int:
@@ -50,7 +57,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=SUBJECTS)
     what = parser.parse_args(argv[:1]).what
-    subject = importlib.import_module(f"bench_{what}")
+    try:
+        subject = importlib.import_module(f"bench_{what}")
+    except ModuleNotFoundError as error:
+        parser.exit(1, f"bench.py {what}: needs {error.name}, which is not installed\n")
     parser = argparse.ArgumentParser(
         prog=f"bench.py {what}", description=subject.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,8 @@
-"""The same weights, prompts and lengths through ours, transformers and llama.cpp, in turns.
+"""The same weights, prompts and lengths through ours and the peers, in turns: transformers, llama.cpp on the CPU, and
+on a card gpt-fast (--gpt-fast DIR) and vLLM (--vllm), where they are asked for.
 
-Subjects: decode of one sequence, 8 and 32 sequences at once, the prefill of 512 tokens. A peer whose first greedy
-tokens in fp32 are not ours computes something else, and gets no ratio.
+Subjects: decode of one sequence, 8 and 32 sequences at once, the prefill of 512 tokens. A peer whose greedy tokens in
+fp32 are not ours, on several prompts, computes something else, and gets no ratio.
 """
 
 from __future__ import annotations
@@ -10,86 +11,101 @@ import argparse
 import random
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bench_engines
 import bench_figures
 import bench_model
+import roofline_plot
 from bench_figures import alternate, beside
-from bench_llama_cpp import llama_cpp_missing, llama_cpp_sides
-from bench_model import make_engine, model_config, model_title, random_prompt, weights_folder
-from bench_remote import RemoteSides
-from bench_sides import Ours, Side, transformers_missing, transformers_sides
+from bench_llama_cpp import llama_cpp_facts
+from bench_machine import machine_title, measure_ceilings
+from bench_model import make_engine, model_config, model_format, model_title, random_prompt, weights_folder
+from bench_peers import llama_cpp_peer, peer_sides, transformers_peer
+from bench_sides import Ours, Side, transformers_facts
+from roofline import Format, Work, decode_work, prefill_work, serving_work
 
-from llama.config import EngineConfig
-from llama.engine import Engine
+from llama.config import ModelConfig
 
 SUBJECTS = ("decode", "batch8", "batch32", "prefill")
-CHECKED_TOKENS = 8  # of random weights, which have near ties soon
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     bench_model.add_arguments(parser)
     bench_model.add_invariance(parser)
     bench_figures.add_arguments(parser)
+    roofline_plot.add_arguments(parser)
+    bench_engines.add_arguments(parser)
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--tokens", type=int, default=128, help="to decode, of each sequence")
     parser.add_argument("--prompt-tokens", type=int, default=16, help="before the decoded ones")
     parser.add_argument("--prefill-tokens", type=int, default=512)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    config, dice = model_config(args), random.Random(4)
+@dataclass(frozen=True)
+class Subject:
+    """run: a side's measurement. work: what `tokens` of it take at least, for the roofline."""
+
+    run: Callable[[Side], Callable[[], float]]
+    work: Work
+    tokens: int
+
+
+def subjects(args: argparse.Namespace, config: ModelConfig, kept: Format) -> dict[str, Subject]:
+    dice, context = random.Random(4), args.prompt_tokens + args.tokens / 2
     prompts = [random_prompt(config, args.prompt_tokens, dice) for _ in range(32)]
     long = random_prompt(config, args.prefill_tokens, dice)
-    runs: dict[str, Callable[[Side], Callable[[], float]]] = {
-        "decode": lambda side: partial(side.decode, prompts[0], args.tokens),
-        "batch8": lambda side: partial(side.batch, prompts[:8], [args.tokens] * 8),
-        "batch32": lambda side: partial(side.batch, prompts, [args.tokens] * 32),
-        "prefill": lambda side: partial(side.prefill, long),
+
+    def batch(n: int) -> Subject:
+        lengths = [args.tokens] * n
+        work = serving_work(config, kept, n, args.prompt_tokens, args.tokens)
+        return Subject(lambda side: partial(side.batch, prompts[:n], lengths), work, sum(lengths))
+
+    return {
+        "decode": Subject(
+            lambda side: partial(side.decode, prompts[0], args.tokens), decode_work(config, kept, 1, context), 1
+        ),
+        "batch8": batch(8),
+        "batch32": batch(32),
+        "prefill": Subject(lambda side: partial(side.prefill, long), prefill_work(config, kept, len(long)), len(long)),
     }
-    found: dict[str, Any] = {"model": args.model or args.shape, "dtype": args.dtype}
-    with weights_folder(args) as folder, tempfile.TemporaryDirectory(prefix="bench-") as scratch, ExitStack() as stack:
-        refused = other_tokens(folder, Path(scratch), prompts[0], args)
-        longest = max(args.prompt_tokens + args.tokens, args.prefill_tokens + 1)
-        sides: list[Side] = [
-            Ours(stack.enter_context(make_engine(args, 32, longest, args.batch_invariant, folder))),
-            *stack.enter_context(RemoteSides(transformers_sides, folder, args.dtype, args.device, args.threads)),
-        ]
-        if "llama.cpp" not in refused:
-            theirs = (folder, args.dtype, Path(scratch), args.threads, 32, longest)
-            sides += stack.enter_context(RemoteSides(llama_cpp_sides, *theirs))
-        sides = [side for side in sides if side.name.split()[0] not in refused]
-        for subject in args.subjects:
-            figures = alternate({side.name: runs[subject](side) for side in sides}, args.rounds)
-            title = f"{subject}: {model_title(args)}"
-            found[subject] = beside(title, figures, "tok/s", args.max_spread, refused)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    config, kept = model_config(args), model_format(args)
+    longest = max(args.prompt_tokens + args.tokens, args.prefill_tokens + 1)
+    versions = {"transformers": transformers_facts(), "llama.cpp": llama_cpp_facts()}
+    found: dict[str, Any] = {"model": args.model or args.shape, "dtype": args.dtype, "peers": versions}
+    points: list[roofline_plot.Point] = []
+    before = measure_ceilings(args.device, args.dtype)
+    with weights_folder(args) as folder, tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        peers = [transformers_peer(args, folder), llama_cpp_peer(args, folder, Path(scratch))]
+        peers += bench_engines.asked_for(args, folder, Path(scratch))
+        with (
+            peer_sides(args, folder, peers, 32, longest) as (theirs, refused),
+            make_engine(args, 32, longest, args.batch_invariant, folder) as engine,
+        ):
+            sides: list[Side] = [Ours(engine), *theirs]
+            for name, subject in subjects(args, config, kept).items():
+                if name not in args.subjects:
+                    continue
+                others = {
+                    peer.name: f"is measured in {peer.only} only" for peer in peers if peer.only not in (None, name)
+                }
+                running = [side for side in sides if side.name.split()[0] not in others]
+                figures = alternate({side.name: subject.run(side) for side in running}, args.rounds)
+                found[name] = beside(
+                    f"{name}: {model_title(args)}", figures, "tok/s", args.max_spread, others | refused
+                )
+                points += roofline_plot.points(name, figures, subject.work, subject.tokens, args.max_spread)
+            after = measure_ceilings(args.device, args.dtype)
+    ceilings = before.best(after)
+    found["ceilings"] = ceilings.report()
+    if args.plot and (moved := before.moved(after, args.max_spread)):
+        print(f"no picture, for want of a steady roof: {moved}")
+    elif args.plot:
+        roofline_plot.draw(args.plot, model_title(args), machine_title(args.device), ceilings.card, points)
     return found
-
-
-def other_tokens(folder: Path, scratch: Path, prompt: list[int], args: argparse.Namespace) -> dict[str, str]:
-    """Peers that cannot be compared, and why: missing here, or with other tokens than ours in fp32."""
-    refused = transformers_missing()
-    if args.device != "cpu":
-        refused["llama.cpp"] = "is measured on the CPU only"
-    elif reason := llama_cpp_missing():
-        refused["llama.cpp"] = reason
-    with Engine(folder, EngineConfig(device=args.device, dtype="float32", slots=1), progress=False) as engine:
-        ours = Ours(engine).tokens(prompt, CHECKED_TOKENS)
-    with RemoteSides(transformers_sides, folder, "float32", args.device, args.threads, ["sdpa"]) as sides:
-        for side in sides:
-            refused |= differing("transformers", side.tokens(prompt, CHECKED_TOKENS), ours)
-    if "llama.cpp" not in refused:
-        with RemoteSides(llama_cpp_sides, folder, "float32", scratch, args.threads, 1, 128) as sides:
-            refused |= differing("llama.cpp", sides[0].tokens(prompt, CHECKED_TOKENS), ours)
-    return refused
-
-
-def differing(name: str, tokens: list[int], ours: list[int]) -> dict[str, str]:
-    """{name: why} where tokens are not ours."""
-    for i, (theirs, own) in enumerate(zip(tokens, ours, strict=True)):
-        if theirs != own:
-            return {name: f"its greedy token {i} in fp32 is {theirs}, ours {own}"}
-    return {}

@@ -26,6 +26,18 @@ class Figure:
     def spread(self) -> float:
         return (max(self.values) - min(self.values)) / self.median
 
+    @property
+    def steadiness(self) -> str:
+        """The spread in words, or that there is none to tell."""
+        n = len(self.values)
+        return f"spread {self.spread:.0%}" if n >= MIN_ROUNDS else f"{n} round{'s' * (n > 1)}, spread unknown"
+
+    def noise(self, max_spread: float) -> str | None:
+        """Why this is no figure to report, or None."""
+        if self.spread <= max_spread:
+            return None
+        return f"too noisy: the spread of {self.spread:.0%} is above {max_spread:.0%}"
+
     def over(self, other: Figure) -> Figure:
         """The ratio in each round; what slowed both sides of a round cancels."""
         return Figure([a / b for a, b in zip(self.values, other.values, strict=True)])
@@ -37,18 +49,21 @@ def add_arguments(parser: argparse.ArgumentParser, rounds: int = 5) -> None:
         "--max-spread",
         type=float,
         default=0.3,
-        help="refuse a ratio whose (max - min) / median over the rounds is above this (default: 0.3)",
+        help="refuse what has a (max - min) / median over the rounds above this, figures and ratios (default: 0.3)",
     )
 
 
 def alternate(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Figure]:
-    """Measure the sides in turn, A B A B ..., after one warm-up each, so that a drifting machine meets both."""
+    """Measure the sides in turn after one warm-up each, so that a drifting machine meets all of them.
+
+    Every second round goes backwards, A B B A ..., so that none always comes after the same other.
+    """
     for run in sides.values():
         run()
     values: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, run in sides.items():
-            values[name].append(run())
+    for number in range(rounds):
+        for name in list(sides) if number % 2 == 0 else list(sides)[::-1]:
+            values[name].append(sides[name]())
     return {name: Figure(found) for name, found in values.items()}
 
 
@@ -82,7 +97,8 @@ def beside(
     """Print each side's median and the ratio of ours to each peer's best way; the same as plain data.
 
     figures: rates, more is better; "ours" is one of them. refused: peers that could not be measured, and why. No ratio
-    is reported for those, nor where there was too much noise.
+    is reported for those, nor where there was too much noise; and no median of a side that itself varied too much,
+    whose ratio may stand all the same, when it was the machine that varied and both sides with it.
     """
     reasons = dict(refused or {})
     ratios: dict[str, Any] = {}
@@ -98,12 +114,17 @@ def beside(
         against = (
             f"  ours is {ratios[name]['ratio']:.2f}x (spread {ratios[name]['spread']:.0%})" if name in ratios else ""
         )
-        print(f"  {name:20} {figure.median:>10.1f} {unit} (spread {figure.spread:.0%}){against}")
+        own = figure.noise(max_spread) or f"{figure.median:>10.1f} {unit} ({figure.steadiness})"
+        print(f"  {name:20} {own}{against}")
     for name, reason in reasons.items():
         print(f"  {name:20} no ratio: {reason}")
+    best = {name.split()[0]: name for name in best_peers(figures) if " " in name}
+    for peer, name in best.items():
+        print(f"  {peer:20} its best way was {name.removeprefix(peer).strip()}")
     return {
         "unit": unit,
-        "medians": {name: round(figure.median, 2) for name, figure in figures.items()},
+        "best": best,
+        "medians": {name: round(figure.median, 2) for name, figure in figures.items() if not figure.noise(max_spread)},
         "spreads": {name: round(figure.spread, 3) for name, figure in figures.items()},
         "ratios": ratios,
         "refused": reasons,

@@ -77,6 +77,12 @@ class Line:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=["7B", "13B", "70B"], default="7B", help="whose shapes to measure")
     parser.add_argument("--tune", action="store_true", help="try tiles instead, and write the fastest")
+    parser.add_argument(
+        "--max-drift",
+        type=float,
+        default=0.1,
+        help="refuse figures if a ceiling moved by more meanwhile (default: 0.1)",
+    )
     parser.add_argument("--table", type=Path, default=TABLE, help="--tune: the table to write (%(default)s)")
 
 
@@ -94,8 +100,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         bench.all()
         room = torch.cuda.mem_get_info()[0] // 2
         step = bench.step(max(1, min(config.n_layers, room // layer_bytes(config))))
-    lines = [asdict(line) for line in bench.lines]
-    return {**card, "ceilings": asdict(bench.ceilings), "kernels": lines, "step": step}
+        ended = measure_ceilings(time_on_card, device)
+    found = {**card, "ceilings": asdict(bench.ceilings)}
+    if reason := moved(bench.ceilings, ended, args.max_drift):
+        print(f"none of this is a figure: {reason}")
+        return {**found, "refused": reason}
+    return {**found, "kernels": [asdict(line) for line in bench.lines], "step": step}
+
+
+def moved(before: Ceilings, after: Ceilings, max_drift: float) -> str | None:
+    """Why the card was not the same at the end of the run as at its beginning, or None."""
+    changes = {name: asdict(after)[name] / rate - 1 for name, rate in asdict(before).items()}
+    name = max(changes, key=lambda one: abs(changes[one]))
+    if abs(changes[name]) <= max_drift:
+        return None
+    return f"too noisy: the ceiling of {name} moved by {changes[name]:+.0%} meanwhile, more than {max_drift:.0%}"
 
 
 def layer_bytes(config: ModelConfig) -> int:

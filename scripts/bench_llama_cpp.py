@@ -111,6 +111,13 @@ def llama_cpp_missing() -> str | None:
     return None if llama_cpp is not None else "llama-cpp-python and gguf are not installed"
 
 
+def llama_cpp_facts() -> dict[str, str] | None:
+    """What a figure of it depends on besides the machine: its version, and the instructions it was built for."""
+    if llama_cpp is None:
+        return None
+    return {"version": llama_cpp.__version__, "system": llama_cpp.llama_print_system_info().decode().strip()}
+
+
 def llama_cpp_sides(folder: Path, dtype: str, scratch: Path, threads: int, n_seqs: int, context: int) -> list[Side]:
     """To be made in a process of its own: nothing of llama.cpp is freed before that ends."""
     return [LlamaCpp(folder, dtype, scratch, threads, n_seqs, context)]

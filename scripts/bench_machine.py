@@ -24,6 +24,19 @@ class Ceilings:
     matmul: float
     dtype: str
 
+    def best(self, other: Ceilings) -> Ceilings:
+        """The higher of both, measured before and after the figures: neither end of a run is sure to be undisturbed."""
+        return Ceilings(max(self.read, other.read), max(self.matmul, other.matmul), self.dtype)
+
+    def moved(self, other: Ceilings, max_spread: float) -> str | None:
+        """Why no share of them means anything, or None."""
+        pairs = {"read": (self.read, other.read), "matmul": (self.matmul, other.matmul)}
+        for name, (before, after) in pairs.items():
+            change = max(before, after) / min(before, after) - 1
+            if change > max_spread:
+                return f"no share: the {name} ceiling moved by {change:.0%} during the run, more than {max_spread:.0%}"
+        return None
+
     @property
     def card(self) -> Card:
         return Card(memory=0, bandwidth=self.read, bf16=self.matmul, fp8=None, source="measured in this run")
@@ -42,7 +55,11 @@ def measure_ceilings(device: str, dtype: str) -> Ceilings:
     del data
     n = 8192 if on_cuda else 1536
     a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    return Ceilings(read, 2 * n**3 / _best(lambda: a @ b, device), dtype)
+    matmul = 2 * n**3 / _best(lambda: a @ b, device)
+    if on_cuda:
+        del a, b
+        torch.cuda.empty_cache()  # an engine that comes next takes what the card has left
+    return Ceilings(read, matmul, dtype)
 
 
 def _best(run: Callable[[], object], device: str) -> float:
@@ -60,6 +77,13 @@ def _best(run: Callable[[], object], device: str) -> float:
 def synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+
+
+def machine_title(device: str) -> str:
+    """The processor or card that was measured, in a few words."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def machine_facts() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from roofline import Format, plain_format
+from roofline import Format, kv_bytes, plain_format
 from weights_source import HF, random_source
 from weights_write import write_checkpoint
 
@@ -36,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a checkpoint folder, or 'demo', instead of random weights")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--keep-weights",
+        type=Path,
+        metavar="DIR",
+        help="keep random weights that are written for peers here, or find them",
+    )
 
 
 def add_invariance(parser: argparse.ArgumentParser) -> None:
@@ -72,8 +78,9 @@ def weights_folder(args: argparse.Namespace) -> Iterator[Path]:
         yield find_model(args.model)
         return
     with tempfile.TemporaryDirectory(prefix="bench-") as made:
-        folder = Path(made) / "weights"
-        write_checkpoint(random_source(SHAPES[args.shape], 0, None), folder, HF, args.dtype, None, False, False)
+        folder = (args.keep_weights or Path(made)) / f"random-{args.shape}-{args.dtype}"
+        if not folder.exists():
+            write_checkpoint(random_source(SHAPES[args.shape], 0, None), folder, HF, args.dtype, None, False, False)
         yield folder
 
 
@@ -85,8 +92,13 @@ def make_engine(
     source: Path | ModelConfig | None = None,
     prefix_cache: bool = False,
     max_batch_seqs: int = 256,
+    whole_card: bool = False,
 ) -> Engine:
-    """Prompts come again in every round, so there is no prefix cache unless it is the subject."""
+    """Prompts come again in every round, so there is no prefix cache unless it is the subject.
+
+    whole_card: on CUDA, a KV cache in all the memory that is left, not just for the slots: nothing else runs beside.
+    """
+    shape = source if isinstance(source, ModelConfig) else model_config(args)
     config = EngineConfig(
         device=args.device,
         dtype=args.dtype,
@@ -95,9 +107,17 @@ def make_engine(
         max_seq_len=max_seq_len,
         prefix_cache=prefix_cache,
         batch_invariant=batch_invariant,
+        kv_memory=None if whole_card or args.device == "cpu" else _cache_bytes(shape, args, slots, max_seq_len),
         compile=getattr(args, "compile", False),
     )
     return Engine(source or model_source(args), config, progress=False)
+
+
+def _cache_bytes(shape: ModelConfig, args: argparse.Namespace, slots: int, max_seq_len: int) -> int:
+    """Of twice the slots' tokens and one block more, which is what an engine takes on the CPU."""
+    size = EngineConfig.block_size
+    blocks = 1 + 2 * slots * -(-min(max_seq_len, shape.max_seq_len) // size)
+    return blocks * size * kv_bytes(shape, model_format(args))
 
 
 def greedy(n_tokens: int) -> SamplingParams:

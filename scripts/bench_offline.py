@@ -9,15 +9,17 @@ from typing import Any
 
 import bench_figures
 import bench_model
+import bench_peers
 from bench_figures import alternate, beside
-from bench_model import make_engine, model_config, model_source, model_title, random_prompt
-from bench_remote import RemoteSides
-from bench_sides import Ours, Side, transformers_missing, transformers_sides
+from bench_model import make_engine, model_config, model_title, random_prompt
+from bench_peers import transformers_or_none
+from bench_sides import Ours, Side
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     bench_model.add_arguments(parser)
     bench_model.add_invariance(parser)
+    bench_peers.add_arguments(parser)
     bench_figures.add_arguments(parser)
     parser.add_argument("--prompts", type=int, default=64)
 
@@ -26,10 +28,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config, dice = model_config(args), random.Random(2)
     prompts = [random_prompt(config, dice.randint(8, 64), dice) for _ in range(args.prompts)]
     lengths = [min(dice.randint(16, 256), config.max_seq_len - 64) for _ in range(args.prompts)]
-    refused = transformers_missing()
+    longest = min(320, config.max_seq_len)
     with (
-        RemoteSides(transformers_sides, model_source(args), args.dtype, args.device, args.threads, ["sdpa"]) as peers,
-        make_engine(args, args.prompts, min(320, config.max_seq_len), args.batch_invariant) as engine,
+        transformers_or_none(args, args.prompts, longest, ["sdpa"]) as (peers, refused, folder),
+        make_engine(args, args.prompts, longest, args.batch_invariant, folder) as engine,
     ):
         sides: list[Side] = [Ours(engine), *peers]
         figures = alternate({side.name: partial(side.batch, prompts, lengths) for side in sides}, args.rounds)

@@ -13,19 +13,20 @@ import multiprocessing
 import os
 import random
 import resource
-import statistics
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import bench_figures
 import bench_load as load
+from bench_figures import OURS, Figure, alternate, why_not
 from fake_runner import FakeRunner
 
 import api
@@ -41,7 +42,7 @@ CHAT = "/v1/chat/completions"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--model", default="demo", help="a checkpoint folder, or demo")
-    parser.add_argument("--rounds", type=int, default=5, help="overhead: measurements of each side")
+    bench_figures.add_arguments(parser)
     parser.add_argument("--tokens", type=int, default=400, help="overhead: tokens of a stream")
     parser.add_argument(
         "--step-ms", type=float, nargs="+", default=[0.0, 20.0], help="overhead: how long a step takes, for each run"
@@ -195,24 +196,31 @@ def overhead(args: argparse.Namespace) -> dict[str, Any]:
     for ms in args.step_ms:
         options = Options(args.model, STREAMS, ms / 1000, there)
         with child(serve, options) as (_, (port, *_)), child(answer_in_process, options) as (pipe, _), pinned(here):
-            local, remote = [], []
-            for _ in range(args.rounds + 1):
+
+            def in_process(pipe: Connection = pipe) -> float:
                 pipe.send(fields)
-                local.append(pipe.recv())
+                return pipe.recv()
+
+            def over_http(port: int = port) -> float:
                 shots, seconds = asyncio.run(load.all_at_once(port, requests))
                 assert all((shot.status, shot.tokens) == (200, args.tokens) for shot in shots)
-                remote.append(STREAMS * args.tokens / seconds)
-        ratios = [b / a for a, b in zip(local[1:], remote[1:], strict=True)]  # the first round warms up
-        ratio, spread = statistics.median(ratios), (max(ratios) - min(ratios)) / statistics.median(ratios)
-        sides = statistics.median(local[1:]), statistics.median(remote[1:])
-        print(f"{ms:>8g} {sides[0]:>11.0f} {sides[1]:>10.0f} {ratio:>6.2f} {spread:>7.0%}")
-        found[f"step_{ms:g}_ms"] = {
-            "in_process": round(sides[0]),
-            "http": round(sides[1]),
-            "ratio": round(ratio, 3),
-            "spread": round(spread, 3),
-        }
+                return STREAMS * args.tokens / seconds
+
+            sides = alternate({OURS: over_http, "in process": in_process}, args.rounds)
+        found[f"step_{ms:g}_ms"] = http_line(ms, sides, args.max_spread)
     return found
+
+
+def http_line(ms: float, sides: Mapping[str, Figure], max_spread: float) -> dict[str, Any]:
+    """A line of the table, with the reason in place of the ratio where there is none, and the same by name."""
+    local, http = sides["in process"], sides[OURS]
+    ratio, reason = http.over(local), why_not(sides, "in process", max_spread)
+    told = reason or f"{ratio.median:>6.2f} {ratio.spread:>7.0%}"
+    print(f"{ms:>8g} {local.median:>11.0f} {http.median:>10.0f} {told}")
+    found: dict[str, Any] = {"in_process": round(local.median), "http": round(http.median)}
+    return found | (
+        {"refused": reason} if reason else {"ratio": round(ratio.median, 3), "spread": round(ratio.spread, 3)}
+    )
 
 
 def refusals(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from bench_model import greedy
 
-from llama.config import ModelConfig
 from llama.engine import Engine
 from llama.request import Request
 
@@ -73,41 +72,23 @@ class Ours:
         return self.engine.generate([prompt], greedy(n))[0].token_ids
 
 
-def load_transformers(source: ModelConfig | Path, dtype: str, device: str) -> Any:
-    """LlamaForCausalLM from a folder or with random weights of a shape; None where transformers is not installed."""
-    if transformers is None:
-        return None
-    kind = getattr(torch, dtype)
-    model: Any
-    if isinstance(source, Path):
-        model = transformers.LlamaForCausalLM.from_pretrained(source, dtype=kind)
-    else:
-        config = transformers.LlamaConfig(
-            hidden_size=source.dim,
-            num_hidden_layers=source.n_layers,
-            num_attention_heads=source.n_heads,
-            num_key_value_heads=source.n_kv_heads,
-            intermediate_size=source.ffn_dim,
-            vocab_size=source.vocab_size,
-            max_position_embeddings=source.max_seq_len,
-        )
-        with torch.device(device):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=kind)
-    return model.to(torch.device(device)).eval()
+def transformers_missing() -> str | None:
+    """Why there can be no side of transformers here, or None."""
+    return None if transformers is not None else "is not installed"
 
 
-def transformers_missing() -> dict[str, str]:
-    """{"transformers": why} where it cannot be a side."""
-    return {} if transformers is not None else {"transformers": "is not installed"}
+def transformers_facts() -> dict[str, str] | None:
+    """What a figure of it depends on besides the machine."""
+    return None if transformers is None else {"version": transformers.__version__}
 
 
-def transformers_sides(
-    source: ModelConfig | Path, dtype: str, device: str, threads: int, ways: Sequence[str] = ("eager", "sdpa")
-) -> list[Side]:
-    """A side for each way of attention, sharing the weights; none where transformers is not installed."""
+def transformers_sides(folder: Path, dtype: str, device: str, threads: int, ways: Sequence[str]) -> list[Side]:
+    """A side for each way of attention ("eager", "sdpa"), sharing the folder's weights."""
     torch.set_num_threads(threads)
-    model = load_transformers(source, dtype, device)
-    return [] if model is None else [Transformers(model, way) for way in ways]
+    transformers.utils.logging.disable_progress_bar()
+    model: Any = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model = model.to(torch.device(device)).eval()
+    return [Transformers(model, way) for way in ways]
 
 
 class Clock:

@@ -84,6 +84,13 @@ def prefill_work(model: ModelConfig, kept: Format, tokens: int) -> Work:
     return Work(flops, streamed(model, kept) + tokens * kv_bytes(model, kept))
 
 
+def serving_work(model: ModelConfig, kept: Format, batch: float, isl: int, osl: int) -> Work:
+    """osl decode steps of `batch` sequences with isl tokens in, and their prompts; counted as in `serving_rate`."""
+    step = decode_work(model, kept, batch, isl + osl / 2)
+    prompt = 2 * linear_parameters(model) * isl + _attention(model, isl)
+    return Work(osl * step.flops + batch * prompt, osl * step.nbytes)
+
+
 def decode_rate(model: ModelConfig, card: Card, kept: Format, batch: float, context: float) -> float:
     """Tokens per second of `batch` sequences that each have `context` tokens."""
     reading = streamed(model, kept) / card.bandwidth

@@ -12,17 +12,28 @@ import pytest
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-import bench_compare  # noqa: E402
+import bench_serve  # noqa: E402
 from bench_figures import Figure, alternate, beside, best_peers  # noqa: E402
+from bench_machine import Ceilings  # noqa: E402
 from bench_model import SHAPES  # noqa: E402
 from bench_remote import RemoteSides  # noqa: E402
-from roofline import Card, decode_rate, plain_format, prefill_seconds, serving_rate  # noqa: E402
+from roofline import (  # noqa: E402
+    Card,
+    decode_rate,
+    decode_work,
+    plain_format,
+    prefill_seconds,
+    prefill_work,
+    serving_rate,
+    serving_work,
+)
 
 H200 = Card(139 * 2**30, 4.3e12, 790e12, None, "measured")
 BF16 = plain_format(2)
 
 
 def test_sides_are_measured_in_turns_after_a_warm_up_each() -> None:
+    """There and back, so that neither is always the one that comes after the other."""
     calls: list[str] = []
 
     def side(name: str) -> float:
@@ -30,8 +41,8 @@ def test_sides_are_measured_in_turns_after_a_warm_up_each() -> None:
         return float(len(calls))
 
     figures = alternate({"ours": lambda: side("a"), "peer": lambda: side("b")}, 3)
-    assert calls == ["a", "b"] + ["a", "b"] * 3
-    assert (figures["ours"].values, figures["peer"].values) == ([3.0, 5.0, 7.0], [4.0, 6.0, 8.0])
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert (figures["ours"].values, figures["peer"].values) == ([3.0, 6.0, 7.0], [4.0, 5.0, 8.0])
 
 
 def test_a_ratio_is_taken_round_by_round() -> None:
@@ -51,19 +62,43 @@ def test_no_ratio_without_a_steady_machine(ours: list[float], reason: str) -> No
     assert found["refused"]["peer"].startswith(reason)
 
 
+def test_no_median_of_a_side_that_varied_but_its_ratio_where_both_did(capsys: pytest.CaptureFixture[str]) -> None:
+    found = beside("", {"ours": Figure([20, 10, 20]), "peer": Figure([10, 5, 10])}, "tok/s", 0.3)
+    assert found["medians"] == {} and found["spreads"] == {"ours": 0.5, "peer": 0.5}
+    assert found["ratios"]["peer"]["ratio"] == 2.0
+    assert "20.0 tok/s" not in capsys.readouterr().out
+
+
+def test_a_share_is_told_of_ceilings_that_did_not_move() -> None:
+    before, after = Ceilings(40.0, 200.0, "float32"), Ceilings(36.0, 210.0, "float32")
+    assert before.best(after) == Ceilings(40.0, 210.0, "float32")
+    assert before.moved(after, 0.3) is None
+    assert after.moved(before, 0.1) == "no share: the read ceiling moved by 11% during the run, more than 10%"
+    assert before.moved(Ceilings(40.0, 100.0, "float32"), 0.3).startswith("no share: the matmul ceiling moved by 100%")
+
+
+def test_few_rounds_tell_no_spread() -> None:
+    assert Figure([1, 1]).steadiness == "2 rounds, spread unknown"
+    assert Figure([1, 1, 2]).steadiness == "spread 100%"
+
+
+def test_http_beside_in_process_is_refused_like_any_ratio() -> None:
+    steady = {"ours": Figure([9, 9, 9]), "in process": Figure([10, 10, 10])}
+    assert bench_serve.http_line(0, steady, 0.3) == {"in_process": 10, "http": 9, "ratio": 0.9, "spread": 0.0}
+    found = bench_serve.http_line(0, {"ours": Figure([1, 9, 5]), "in process": Figure([10, 10, 10])}, 0.3)
+    assert found["refused"].startswith("too noisy to compare") and "ratio" not in found
+
+
 def test_a_missing_peer_is_named() -> None:
     found = beside("", {"ours": Figure([1, 1, 1])}, "tok/s", 0.3, {"llama.cpp": "is not installed"})
     assert (found["ratios"], found["refused"]) == ({}, {"llama.cpp": "is not installed"})
 
 
-def test_of_a_peer_the_best_way_counts() -> None:
+def test_of_a_peer_the_best_way_counts(capsys: pytest.CaptureFixture[str]) -> None:
     figures = {"ours": Figure([9]), "peer eager": Figure([1]), "peer sdpa": Figure([2]), "other": Figure([1])}
     assert best_peers(figures) == ["peer sdpa", "other"]
-
-
-def test_other_tokens_are_no_comparison() -> None:
-    assert bench_compare.differing("peer", [1, 2, 3], [1, 2, 3]) == {}
-    assert bench_compare.differing("peer", [1, 7, 3], [1, 2, 3]) == {"peer": "its greedy token 1 in fp32 is 7, ours 2"}
+    assert beside("", figures, "tok/s", 0.3)["best"] == {"peer": "peer sdpa"}
+    assert "peer                 its best way was sdpa" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, batch, limit", [("7B", 1, 319), ("7B", 64, 9054), ("13B", 8, 1184), ("70B", 1, 31.3)])
@@ -75,6 +110,19 @@ def test_decode_limits_are_those_worked_out_by_hand(name: str, batch: int, limit
 def test_prefill_and_serving_limits() -> None:
     assert prefill_seconds(SHAPES["7B"], H200, BF16, 2048) == pytest.approx(35.4e-3, rel=0.01)
     assert serving_rate(SHAPES["7B"], H200, BF16, 249_000 / 1500, 1000, 1000) == pytest.approx(4583, rel=0.02)
+
+
+def test_the_work_of_serving_is_that_of_its_prompts_and_steps() -> None:
+    """One sequence: 100 steps at a context of 250 in the mean, and a prompt, whose reading costs nothing."""
+    model = SHAPES["7B"]
+    whole, step, prompt = (
+        serving_work(model, BF16, 1, 200, 100),
+        decode_work(model, BF16, 1, 250),
+        prefill_work(model, BF16, 200),
+    )
+    assert whole.nbytes == 100 * step.nbytes
+    head = 2 * model.vocab_size * model.dim
+    assert whole.flops == pytest.approx(100 * step.flops + prompt.flops - head)
 
 
 def test_the_last_line_is_json() -> None:

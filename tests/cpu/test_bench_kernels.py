@@ -59,6 +59,13 @@ def test_bytes_and_operations_by_hand() -> None:
     assert layers + 2 * 32000 * 4096 == pytest.approx(6.738e9, rel=1e-3)
 
 
+def test_a_card_that_changed_meanwhile_gives_no_figures() -> None:
+    before = gpu_timer.Ceilings(4000.0, 4200.0, 800.0)
+    assert bench_kernels.moved(before, gpu_timer.Ceilings(4100.0, 4200.0, 790.0), 0.1) is None
+    reason = bench_kernels.moved(before, gpu_timer.Ceilings(4100.0, 4200.0, 600.0), 0.1)
+    assert reason == "too noisy: the ceiling of matmul moved by -25% meanwhile, more than 10%"
+
+
 @pytest.mark.parametrize("n_bytes, expected", [(1, 64), (16 << 20, 16), (100 << 20, 3), (1 << 30, 1)])
 def test_copies_walk_past_the_cache(n_bytes: int, expected: int) -> None:
     assert len(gpu_timer.copies(n_bytes)) == expected

@@ -1,0 +1,21 @@
+"""What the machine reaches at most: reading memory, and multiplying matrices."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from bench_machine import measure_ceilings
+
+from llama.config import DTYPES
+from llama.setup import find_device
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the matrices")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    find_device(args.device)
+    return {"dtype": args.dtype, "ceilings": measure_ceilings(args.device, args.dtype).report()}

@@ -1,0 +1,210 @@
+"""Peers that run on a card only, where somebody has them: gpt-fast from a checkout, and vLLM.
+
+Written against gpt-fast as of 6ecad9b and the documented calls of vLLM's LLM class, without a card at hand. Where
+theirs is another by now, the comparison ends with an error of theirs, not with a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_peers import Peer
+from bench_remote import RemoteSides
+from bench_sides import Side
+from weights_source import META, open_source
+from weights_write import write_checkpoint
+
+from llama.checkpoint import read_config
+
+NEEDED = ("generate.py", "model.py", "tokenizer.py")
+VLLM_SPARE = 6 << 30  # bytes of a card, for its activations and graphs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpt-fast", type=Path, metavar="DIR", help="a checkout of gpt-fast to measure beside: decode, on a card"
+    )
+    parser.add_argument("--vllm", action="store_true", help="measure vLLM beside, on a card where it is installed")
+
+
+def asked_for(args: argparse.Namespace, folder: Path, scratch: Path) -> list[Peer]:
+    """The peers that the command line names."""
+    peers = []
+    if args.gpt_fast is not None:
+        peers.append(gpt_fast_peer(args, folder, scratch))
+    if args.vllm:
+        peers.append(vllm_peer(args, folder))
+    return peers
+
+
+# --- gpt-fast ----------------------------------------------------------------------------------------------------
+
+
+def gpt_fast_missing(checkout: Path, device: str) -> str | None:
+    """Why gpt-fast cannot be a side, or None."""
+    if missing := [name for name in NEEDED if not (checkout / name).is_file()]:
+        return f"the folder given is no checkout of it: there is no {missing[0]}"
+    return _no_card(device)
+
+
+def gpt_fast_peer(args: argparse.Namespace, folder: Path, scratch: Path) -> Peer:
+    def start(dtype: str, n_seqs: int, context: int) -> RemoteSides:
+        return RemoteSides(gpt_fast_sides, args.gpt_fast.resolve(), folder, scratch, dtype, args.device, context)
+
+    return Peer("gpt-fast", gpt_fast_missing(args.gpt_fast, args.device), start, only="decode")
+
+
+def gpt_fast_sides(checkout: Path, folder: Path, scratch: Path, dtype: str, device: str, context: int) -> list[Side]:
+    """To be made in a process of its own: its modules have names such as `model`."""
+    return [GptFast(checkout, folder, scratch, dtype, device, context)]
+
+
+def gpt_fast_weights(folder: Path, scratch: Path, dtype: str) -> Path:
+    """The folder's weights under the names that gpt-fast reads, which are Meta's, in one file."""
+    made = scratch / f"gpt-fast-{dtype}"
+    if not made.exists():
+        write_checkpoint(open_source(str(folder)), made, META, dtype, 1, False, False)
+    return made / "consolidated.00.pth"
+
+
+class GptFast:
+    """Its own `generate`, its decode step compiled as its command line does with --compile."""
+
+    name = "gpt-fast"
+
+    def __init__(self, checkout: Path, folder: Path, scratch: Path, dtype: str, device: str, context: int) -> None:
+        sys.path.insert(0, str(checkout))
+        self._theirs: dict[str, Any] = vars(importlib.import_module("generate"))
+        model: Any = importlib.import_module("model")
+        config = read_config(folder)
+        args = model.ModelArgs(
+            block_size=config.max_seq_len,
+            vocab_size=config.vocab_size,
+            n_layer=config.n_layers,
+            n_head=config.n_heads,
+            n_local_heads=config.n_kv_heads,
+            dim=config.dim,
+            intermediate_size=config.ffn_dim,
+            rope_base=config.rope_theta,
+            norm_eps=config.norm_eps,
+        )
+        with torch.device("meta"):
+            self._model = model.Transformer(args)
+        weights = torch.load(gpt_fast_weights(folder, scratch, dtype), mmap=True, weights_only=True)
+        self._model.load_state_dict(weights, assign=True)
+        self._model = self._model.to(device=device, dtype=getattr(torch, dtype)).eval()
+        self._device = device
+        with torch.device(device):
+            self._model.setup_caches(max_batch_size=1, max_seq_length=context)  # one size, so that it compiles once
+        one_step = self._theirs["decode_one_token"]
+        self._theirs["decode_one_token"] = torch.compile(one_step, mode="reduce-overhead", fullgraph=True)
+
+    def decode(self, prompt: list[int], n: int) -> float:
+        """Timed from the second new token on, the first that its callback hears of. Raises ValueError for n < 3."""
+        if n < 3:
+            raise ValueError(f"gpt-fast: the rate of {n} tokens cannot be timed")
+        began: list[float] = []
+
+        def token_made(_: object) -> None:
+            if not began:
+                torch.cuda.synchronize()
+                began.append(time.perf_counter())
+
+        self._generate(prompt, n, token_made)
+        torch.cuda.synchronize()
+        return (n - 2) / (time.perf_counter() - began[0])
+
+    def tokens(self, prompt: list[int], n: int) -> list[int]:
+        return self._generate(prompt, n, lambda _: None)[len(prompt) :]
+
+    def prefill(self, prompt: list[int]) -> float:
+        raise NotImplementedError("gpt-fast is measured in decode only")
+
+    def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
+        raise NotImplementedError("gpt-fast is measured in decode only")
+
+    def _generate(self, prompt: list[int], n: int, callback: Any) -> list[int]:
+        ids = torch.tensor(prompt, dtype=torch.int64, device=self._device)
+        options = {"interactive": False, "draft_model": None, "temperature": 1.0, "top_k": 1}
+        made, _ = self._theirs["generate"](self._model, ids, n, 1, callback=callback, **options)
+        return made[0].tolist()
+
+
+# --- vLLM --------------------------------------------------------------------------------------------------------
+
+
+def vllm_missing(device: str) -> str | None:
+    """Why vLLM cannot be a side, or None."""
+    return "is not installed" if find_spec("vllm") is None else _no_card(device)
+
+
+def vllm_peer(args: argparse.Namespace, folder: Path) -> Peer:
+    def start(dtype: str, n_seqs: int, context: int) -> RemoteSides:
+        return RemoteSides(vllm_sides, folder, dtype, n_seqs, context)
+
+    return Peer("vllm", vllm_missing(args.device), start)
+
+
+def vllm_sides(folder: Path, dtype: str, n_seqs: int, context: int) -> list[Side]:
+    return [Vllm(folder, dtype, n_seqs, context)]
+
+
+class Vllm:
+    """Its offline engine, in this process, with no more of the card than it needs for so many sequences."""
+
+    name = "vllm"
+
+    def __init__(self, folder: Path, dtype: str, n_seqs: int, context: int) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process may have no children
+        self._vllm: Any = importlib.import_module("vllm")
+        config, size = read_config(folder), getattr(torch, dtype).itemsize
+        cache = 4 * config.n_layers * config.kv_dim * size * n_seqs * context  # twice what they can use
+        needed = config.n_params * size + cache + VLLM_SPARE
+        self._engine = self._vllm.LLM(
+            model=str(folder),
+            dtype=dtype,
+            skip_tokenizer_init=True,
+            max_model_len=context,
+            max_num_seqs=n_seqs,
+            enable_prefix_caching=False,
+            gpu_memory_utilization=needed / torch.cuda.mem_get_info()[1],
+        )
+
+    def prefill(self, prompt: list[int]) -> float:
+        return len(prompt) / self._run([prompt], [1])[1]
+
+    def decode(self, prompt: list[int], n: int) -> float:
+        """Without what the first token takes, which is measured on its own: no single token can be seen here."""
+        return (n - 1) / (self._run([prompt], [n])[1] - self._run([prompt], [1])[1])
+
+    def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
+        return sum(lengths) / self._run(prompts, lengths)[1]
+
+    def tokens(self, prompt: list[int], n: int) -> list[int]:
+        return self._run([prompt], [n])[0][0]
+
+    def _run(self, prompts: list[list[int]], lengths: list[int]) -> tuple[list[list[int]], float]:
+        """New tokens of each, and the seconds for all."""
+        params = [
+            self._vllm.SamplingParams(temperature=0, ignore_eos=True, max_tokens=n, detokenize=False) for n in lengths
+        ]
+        start = time.perf_counter()
+        done = self._engine.generate([{"prompt_token_ids": one} for one in prompts], params, use_tqdm=False)
+        taken = time.perf_counter() - start
+        made = [list(one.outputs[0].token_ids) for one in done]
+        assert [len(one) for one in made] == lengths
+        return made, taken
+
+
+def _no_card(device: str) -> str | None:
+    if not device.startswith("cuda"):
+        return "is measured on CUDA only"
+    return None if torch.cuda.is_available() else "needs a CUDA device, and there is none"
