@@ -30,7 +30,7 @@ from fake_runner import FakeRunner
 
 import api
 from api.server import Server
-from api.sockets import HttpServer, listen
+from api.sockets import HttpServer, listen, settle
 
 PARTS = ("overhead", "refusals", "load")
 NAME = "bench"
@@ -105,7 +105,8 @@ def serve(pipe: Connection, options: Options) -> None:
         http.stop()
 
     threading.Thread(target=wait, daemon=True).start()
-    asyncio.run(http.serve([listening]))
+    settle()
+    http.run([listening])
     asyncio.run(client.close())
 
 
@@ -199,7 +200,7 @@ def overhead(args: argparse.Namespace) -> dict[str, Any]:
             for _ in range(args.rounds + 1):
                 pipe.send(fields)
                 local.append(pipe.recv())
-                shots, seconds = asyncio.run(load.all_at_once(port, requests))
+                shots, seconds, _ = asyncio.run(load.all_at_once(port, requests))
                 assert all((shot.status, shot.tokens) == (200, args.tokens) for shot in shots)
                 remote.append(STREAMS * args.tokens / seconds)
         ratios = [b / a for a, b in zip(local[1:], remote[1:], strict=True)]  # the first round warms up
@@ -221,15 +222,27 @@ def refusals(args: argparse.Namespace) -> dict[str, Any]:
     here, there = (cores[1], cores[0]) if len(cores) > 1 else (None, None)
     requests = [load.request_bytes(CHAT, chat_fields(200))] * SOCKETS
     with child(serve, Options(args.model, SLOTS, 0.02, there)) as (_, (port, *_)), pinned(here):
-        at_once, _ = asyncio.run(load.all_at_once(port, requests))
+        at_once, _, cpu = asyncio.run(load.all_at_once(port, requests))
         # Beside full slots, one after the other: what one refusal costs, without a queue of 970 others before it.
         alone = asyncio.run(one_by_one(port, requests[0]))
     statuses = Counter(shot.status for shot in at_once)
     crowd = load.percentiles([shot.seconds for shot in at_once if shot.status == 429], 50, 99)
     single = load.percentiles([shot.seconds for shot in alone], 50, 99)
-    print(f"{SOCKETS} requests at once on {SLOTS} slots: {statuses[200]} answered, {statuses[429]} refused (429)")
+    answer = statistics.median(shot.seconds for shot in at_once if shot.status == 200)
+    share = crowd["p99"] / 1000 / answer
+    print(f"{len(requests)} requests at once on {SLOTS} slots: {statuses[200]} answered, {statuses[429]} refused (429)")
     print(f"a refusal took p50 {crowd['p50']} ms, p99 {crowd['p99']} ms among all; p50 {single['p50']} ms alone")
-    return {"answered": statuses[200], "refused": statuses[429], "ms_at_once": crowd, "ms_alone": single}
+    print(f"an answer took {answer:.2f} s (median), so the p99 of a refusal is {share:.1%} of one")
+    print(f"the load generator itself worked for {cpu * 1000:.0f} ms, beside the server where there are two cores")
+    return {
+        "answered": statuses[200],
+        "refused": statuses[429],
+        "ms_at_once": crowd,
+        "ms_alone": single,
+        "answer_s": round(answer, 2),
+        "p99_share_of_answer": round(share, 4),
+        "generator_cpu_s": round(cpu, 3),
+    }
 
 
 async def one_by_one(port: int, request: bytes, count: int = 200) -> list[load.Shot]:

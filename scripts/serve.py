@@ -23,7 +23,7 @@ from pathlib import Path
 import api
 from api.edge import LOOPBACK, access_log
 from api.server import Server
-from api.sockets import Exit, HttpServer, listen
+from api.sockets import Exit, HttpServer, listen, settle
 from api.visit import EdgeLimits
 from llama.config import EngineConfig
 from llama.errors import EngineError
@@ -59,7 +59,7 @@ def main() -> int:
     http = HttpServer(server)
     loading = Loading(args, server, http, lambda name: welcome(address, name, bool(keys)))
     loading.start()
-    asyncio.run(http.serve([socket]))
+    http.run([socket])
     if server.client is not None:
         asyncio.run(server.client.close())
     if loading.is_alive():
@@ -86,6 +86,7 @@ class Loading(threading.Thread):
             self.failed = True
             self.http.stop()
             return
+        settle()
         self.server.client = client
         self.ready(client._models.find().name)
 

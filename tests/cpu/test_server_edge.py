@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from selectors import EVENT_READ
 from typing import Any
 
 import openai
@@ -20,6 +22,7 @@ import api
 from api.body import parse_object
 from api.edge import Keys
 from api.quota import Line
+from api.sockets import AT_ONCE, InTurn
 from api.visit import EdgeLimits
 
 KEYS = ["sk-first", "sk-second"]
@@ -434,6 +437,40 @@ def test_a_reply_does_not_wait_for_the_network(port: int) -> None:
         for _ in range(20):
             raw.send(get("/ready")).answer()
         assert (time.monotonic() - started) / 20 < 0.03
+
+
+def test_an_answer_leaves_in_one_piece(port: int) -> None:
+    """Head and body together: whoever has read the head has the body as well."""
+    with Raw(port) as raw:
+        for request in (get("/health"), post(CHAT, b"{")):
+            top = raw.send(request).read_until(b"\r\n\r\n").decode().lower()
+            size = re.search(r"content-length: (\d+)", top)
+            assert size is not None
+            assert len(raw.buffer) == int(size[1]) > 0
+            raw.buffer = b""
+
+
+def test_a_crowd_is_read_in_turn() -> None:
+    """A few sockets a round, each once; those that were closed meanwhile, or registered anew, are left out."""
+    pairs = [socket.socketpair() for _ in range(2 * AT_ONCE)]
+    with ExitStack() as stack, InTurn() as selector:
+        for here, there in pairs:
+            stack.enter_context(here)
+            stack.enter_context(there)
+            selector.register(here, EVENT_READ)
+            there.send(b"!")
+        first = {key.fd for key, _ in selector.select(0)}
+        assert len(first) == AT_ONCE
+        gone, back, *_ = [here for here, _ in pairs if here.fileno() not in first]
+        selector.unregister(gone)
+        selector.unregister(back)
+        selector.register(back, EVENT_READ, data="another")
+        second = {key.fd for key, _ in selector.select(0)}
+        assert len(second) == AT_ONCE - 2
+        assert not second & (first | {gone.fileno(), back.fileno()})
+        again = [key for _ in range(2) for key, _ in selector.select(0)]
+        assert len(again) == 2 * AT_ONCE - 1  # nobody has been read yet
+        assert [key.data for key in again if key.fd == back.fileno()] == ["another"]
 
 
 # --- headers and the log -----------------------------------------------------------------------------------------
