@@ -475,6 +475,7 @@ def test_soak(client: api.AsyncClient, served: Serving) -> None:
     eventually(lambda: not served.http.server_state.connections)
     before = resources()
     memory: list[int] = []
+    took: list[float] = []
 
     def one(number: int) -> None:
         stream, dice = rng.random() < 0.5, rng.random()
@@ -482,12 +483,14 @@ def test_soak(client: api.AsyncClient, served: Serving) -> None:
         if dice < 0.05:
             body["temperature"] = "hot"
         with Raw(served.port) as raw:
+            began = time.monotonic()
             raw.send(post(COMPLETIONS, body))
             if 0.05 <= dice < 0.15:
                 time.sleep(rng.random() * 0.01)
                 ends["given up"] += 1
                 return
             answer = raw.answer()
+            took.append(time.monotonic() - began)
         ends[str(answer.status)] += 1
         if answer.status == 200 and stream:
             assert answer.events[-1] == "[DONE]"
@@ -510,7 +513,9 @@ def test_soak(client: api.AsyncClient, served: Serving) -> None:
         assert ends[status] <= log.outcomes[outcome] <= ends[status] + ends["given up"]
     assert resources() == before
     assert memory[-1] - memory[0] < 16 << 20
+    p50, p99 = (sorted(took)[int(len(took) * share)] * 1000 for share in (0.5, 0.99))
     print(dict(ends), dict(log.outcomes), f"{memory[0] >> 20} to {memory[-1] >> 20} MiB")
+    print(f"an answer took p50 {p50:.1f} ms, p99 {p99:.1f} ms")
 
 
 class Listener(logging.Handler):
