@@ -28,6 +28,8 @@ from api.visit import EdgeLimits
 from llama.config import EngineConfig
 from llama.errors import EngineError
 
+log = logging.getLogger("serve")
+
 KEYS_VARIABLE = "LLAMA_API_KEYS"
 
 
@@ -80,15 +82,17 @@ class Loading(threading.Thread):
     def run(self) -> None:
         try:
             client = self._load()
+            settle()
+            self.server.client = client
+            self.ready(client._models.find().name)
+        except (EngineError, ValueError) as error:
+            print(f"serve: {error}", file=sys.stderr)
         except BaseException as error:
-            expected = isinstance(error, EngineError | ValueError)
-            print(f"serve: {error if expected else repr(error)}", file=sys.stderr)
-            self.failed = True
-            self.http.stop()
+            log.exception("loading failed: %r", error)
+        else:
             return
-        settle()
-        self.server.client = client
-        self.ready(client._models.find().name)
+        self.failed = True
+        self.http.stop()
 
     def _load(self) -> api.AsyncClient:
         args = self.args
