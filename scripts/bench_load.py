@@ -8,6 +8,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -85,6 +86,8 @@ async def fire(connection: Connection, request: bytes) -> Shot:
     finally:
         writer.close()
     shot.seconds = time.perf_counter() - started
+    with suppress(OSError):
+        await writer.wait_closed()
     return shot
 
 
@@ -120,7 +123,8 @@ async def closed_loop(port: int, requests: Sequence[bytes], concurrency: int) ->
 
     async def work() -> None:
         while left:
-            shots.append(await fire(await connect(port), left.pop()))
+            request = left.pop()  # before the first await: the others take from it as well
+            shots.append(await fire(await connect(port), request))
 
     started = time.perf_counter()
     await asyncio.gather(*(work() for _ in range(concurrency)))

@@ -35,6 +35,7 @@ from api.sockets import HttpServer, listen, settle
 PARTS = ("overhead", "refusals", "load")
 NAME = "bench"
 STREAMS, SLOTS, SOCKETS = 256, 30, 1000
+ANSWER = 200  # tokens of an answer beside which others are refused
 CHAT = "/v1/chat/completions"
 
 
@@ -111,7 +112,8 @@ def serve(pipe: Connection, options: Options) -> None:
 
 
 def answer_in_process(pipe: Connection, options: Options) -> None:
-    """For every request's fields that come: STREAMS of them at once on one event loop; sends tokens per second."""
+    """For every request's fields that come: as many as there are slots at once on one event loop; sends tokens per
+    second."""
     client = make_client(options)
 
     async def one(fields: dict[str, Any]) -> int:
@@ -122,7 +124,7 @@ def answer_in_process(pipe: Connection, options: Options) -> None:
 
     async def all_of_them(fields: dict[str, Any]) -> float:
         started = time.perf_counter()
-        tokens = await asyncio.gather(*(one(fields) for _ in range(STREAMS)))
+        tokens = await asyncio.gather(*(one(fields) for _ in range(options.slots)))
         return sum(tokens) / (time.perf_counter() - started)
 
     pipe.send(None)
@@ -220,7 +222,7 @@ def refusals(args: argparse.Namespace) -> dict[str, Any]:
     """How long a request waits for its 429, when 1,000 come at once on 30 slots and steps take 20 ms."""
     cores = sorted(os.sched_getaffinity(0))
     here, there = (cores[1], cores[0]) if len(cores) > 1 else (None, None)
-    requests = [load.request_bytes(CHAT, chat_fields(200))] * SOCKETS
+    requests = [load.request_bytes(CHAT, chat_fields(ANSWER))] * SOCKETS
     with child(serve, Options(args.model, SLOTS, 0.02, there)) as (_, (port, *_)), pinned(here):
         at_once, _, cpu = asyncio.run(load.all_at_once(port, requests))
         # Beside full slots, one after the other: what one refusal costs, without a queue of 970 others before it.
