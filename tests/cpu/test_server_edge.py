@@ -175,6 +175,7 @@ def guarded(client: api.AsyncClient) -> Iterator[int]:
         "Bearer ",
         "Bearer sk-firs",
         "Bearer sk-firstx",
+        "Bearer SK-FIRST",
         "Bearer sk-first sk-second",
         "Basic sk-first",
         "sk-first",

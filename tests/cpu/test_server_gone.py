@@ -229,6 +229,27 @@ def test_slots_of_a_key(client: api.AsyncClient) -> None:
         eventually(lambda: running.server.active == 0)
 
 
+@pytest.mark.usefixtures("slow")
+def test_slots_in_all(client: api.AsyncClient) -> None:
+    """Two keys that have slots left each, and the model none: a refusal at once, and no waiting."""
+    with serving(client, keys=["one", "two"], slots_per_key=SLOTS, limits=EdgeLimits()) as running:
+        streams = []
+        for number in range(SLOTS):
+            headers = {"Authorization": f"Bearer {('one', 'two')[number % 2]}"}
+            streams.append(Raw(running.port).send(post(COMPLETIONS, LONG | {"stream": True}, headers)))
+        eventually(lambda: in_use(client) == SLOTS)
+        for _ in range(2):
+            refused = ask(running.port, post(COMPLETIONS, SHORT, headers))
+            assert (refused.status, refused.headers["x-ratelimit-remaining-requests"]) == (429, "0")
+            assert in_use(client) == SLOTS, "it waited until a slot was free"
+            check_retry(refused)
+        text = ask(running.port, get("/metrics", headers)).body
+        assert b'llama_admission_rejections_total{reason="slots"} 2.0' in text
+        for raw in streams:
+            raw.close()
+        eventually(lambda: running.server.active == 0)
+
+
 @pytest.fixture(scope="module")
 def crowded(folder: Path) -> Iterator[tuple[api.AsyncClient, Serving]]:
     """A server with the usual thirty slots."""
