@@ -404,6 +404,34 @@ def test_a_head_that_drips(port: int) -> None:
     assert time.monotonic() - started < LIMITS.send + 4
 
 
+def test_no_more_connections_than_allowed() -> None:
+    """One too many is closed at once; those before it are served, and the next one when there is room."""
+    with serving(None, limits=EdgeLimits(connections=3)) as running, ExitStack() as stack:
+        first, *others = [stack.enter_context(Raw(running.port)) for _ in range(3)]
+        for raw in (first, *others):
+            assert raw.send(get("/health")).answer().status == 200
+        with Raw(running.port) as raw:
+            assert raw.closed()
+        for raw in (first, *others):
+            assert raw.send(get("/health")).answer().status == 200
+        first.close()
+        eventually(lambda: len(running.http.server_state.connections) == 2)
+        assert ask(running.port, get("/health")).status == 200
+
+
+def test_of_a_crowd_of_half_sent_requests_the_oldest_go() -> None:
+    """Long before their time is over; the newest are served when they are complete."""
+    with serving(None, limits=EdgeLimits(unfinished=3, send=60.0)) as running, ExitStack() as stack:
+        crowd = [stack.enter_context(Raw(running.port)) for _ in range(8)]
+        for raw in crowd:
+            raw.send(get("/health")[:-4])
+            time.sleep(0.01)
+        eventually(lambda: len(running.http.server_state.connections) == 3)
+        assert all(raw.closed() for raw in crowd[:5])
+        for raw in crowd[5:]:
+            assert raw.send(get("/health")[-4:]).answer().status == 200
+
+
 def test_a_client_that_asks_before_it_sends(port: int) -> None:
     request = post(COMPLETIONS, GOOD, {"Expect": "100-continue"})
     first, _, body = request.partition(b"\r\n\r\n")
