@@ -31,6 +31,7 @@ from fake_runner import FakeRunner
 import api
 from api.server import Server
 from api.sockets import HttpServer, listen, settle
+from api.visit import EdgeLimits
 
 PARTS = ("overhead", "refusals", "load")
 NAME = "bench"
@@ -93,7 +94,8 @@ def serve(pipe: Connection, options: Options) -> None:
     """Sends (port, context, vocabulary size), then serves until the other end says stop, or is gone."""
     allow_sockets()
     client = make_client(options)
-    http = HttpServer(Server(client, slots=options.slots))
+    # Everybody connects before the first one speaks, which to a server looks like a crowd of half-sent requests.
+    http = HttpServer(Server(client, slots=options.slots, limits=EdgeLimits(unfinished=2 * SOCKETS)))
     listening = listen("127.0.0.1", 0)
     listening.listen(SOCKETS)  # so that whoever hears of the port may connect
     engine = client._models.find().engine

@@ -252,8 +252,9 @@ def test_slots_in_all(client: api.AsyncClient) -> None:
 
 @pytest.fixture(scope="module")
 def crowded(folder: Path) -> Iterator[tuple[api.AsyncClient, Serving]]:
-    """A server with the usual thirty slots."""
-    with api_client(folder) as client, serving(client, slots=30) as running:
+    """A server with the usual thirty slots. It lets a thousand connect before the first one speaks, however long that
+    takes here; as a rule, those who connect and say nothing are a crowd of which the oldest go."""
+    with api_client(folder) as client, serving(client, slots=30, limits=EdgeLimits(unfinished=2000)) as running:
         yield client, running
 
 
