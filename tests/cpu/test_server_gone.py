@@ -411,13 +411,15 @@ def test_pauses_are_filled_with_comments(client: api.AsyncClient, served: Servin
 def test_health_says_when_steps_have_stopped(client: api.AsyncClient, served: Serving, slow: Script) -> None:
     go_on = threading.Event()
     slow.gate = go_on.wait
-    with Raw(served.port) as raw:
-        raw.send(STREAM)
-        took = eventually(lambda: ask(served.port, get("/health")).status == 503)
-        assert 1.5 < took < 3.0
-        assert ask(served.port, get("/ready")).status == 503
-    slow.gate = None
-    go_on.set()
+    try:
+        with Raw(served.port) as raw:
+            raw.send(STREAM)
+            took = eventually(lambda: ask(served.port, get("/health")).status == 503)
+            assert 1.5 < took < 3.0
+            assert ask(served.port, get("/ready")).status == 503
+    finally:
+        slow.gate = None
+        go_on.set()
     eventually(lambda: ask(served.port, get("/health")).status == 200)
 
 
