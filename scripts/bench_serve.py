@@ -87,6 +87,7 @@ def make_client(options: Options) -> api.AsyncClient:
         served = client._models.find()
         words = [i for i, text in enumerate(served.tokenizer.vocabulary.texts) if text]
         served.engine._loop.runner = FakeRunner(words, options.step)
+    settle()  # on both sides of a comparison
     return client
 
 
@@ -108,7 +109,6 @@ def serve(pipe: Connection, options: Options) -> None:
         http.stop()
 
     threading.Thread(target=wait, daemon=True).start()
-    settle()
     http.run([listening])
     asyncio.run(client.close())
 
