@@ -119,11 +119,11 @@ class EngineLoop:
         Beyond those that are known, the next ones are taken to be as long; with none known, it is a second.
         """
         seqs = [*self.scheduler.running.copy(), *self.scheduler.waiting.copy()]
-        left = sorted(max(seq.max_len - len(seq.token_ids), 1) for seq in seqs)
+        left = sorted([seq.max_len - len(seq.token_ids) for seq in seqs])
         if not left:
             return 1.0
         rounds, place = divmod(rank, len(left))
-        return (rounds * left[-1] + left[place]) * self.step_seconds
+        return max(rounds * left[-1] + left[place], 1) * self.step_seconds
 
     # Messages; called in the engine thread through the inbox.
 

@@ -5,6 +5,7 @@
     python scripts/bench.py offline    --shape 110M    64 prompts of mixed lengths, beside transformers' generate
     python scripts/bench.py throughput --shape 110M    fixed lengths in and out, all queued at once, beside the limit
     python scripts/bench.py slots      --shape 110M    all slots busy: time between tokens, and to the first
+    python scripts/bench.py serve                      streams over HTTP beside in process, refusals, a replayed trace
     python scripts/bench.py prefix     --shape 110M    what the prefix cache costs and brings
     python scripts/bench.py compare    --shape 110M    the same weights and prompts through ours and the peers
     python scripts/bench.py invariance                 what batch_invariant=True costs

@@ -8,6 +8,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -58,7 +59,7 @@ def read_trace(path: Path, seconds: float, rate: float, context: int) -> list[Ar
 
 def request_bytes(path: str, fields: dict[str, Any]) -> bytes:
     body = json.dumps(fields).encode()
-    lines = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    lines = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     return lines.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
@@ -67,40 +68,53 @@ async def connect(port: int) -> Connection:
 
 
 async def fire(connection: Connection, request: bytes) -> Shot:
-    """Send a request and read its answer to the end. Keeps nothing of it but its last bytes."""
+    """Send a request and read its answer to the end. Keeps nothing of a stream but its last bytes."""
     reader, writer = connection
-    shot, tail, started, last = Shot(), b"", time.perf_counter(), 0.0
+    shot, started = Shot(), time.perf_counter()
     try:
         writer.write(request)
-        while data := await reader.read(1 << 16):
-            now = time.perf_counter()
-            if not shot.status:
-                shot.status = int(data.split(None, 2)[1])
-            if b"data: {" in data:
-                if shot.first is None:
-                    shot.first = now - started
-                else:
-                    shot.gaps.append(now - last)
-                last = now
-            tail = (tail + data)[-2048:]
-    except OSError:
-        shot.status = 0
+        head = await reader.readuntil(b"\r\n\r\n")
+        if found := re.search(rb"content-length: *(\d+)", head, re.IGNORECASE):
+            body = await reader.readexactly(int(found[1]))
+        else:
+            body = await read_stream(reader, shot, started)
+        shot.status = int(head.split(None, 2)[1])
+        if counts := re.findall(rb'"completion_tokens": ?(\d+)', body):
+            shot.tokens = int(counts[-1])
+    except (OSError, EOFError):
+        pass  # the status stays 0
     finally:
         writer.close()
     shot.seconds = time.perf_counter() - started
-    if found := re.findall(rb'"completion_tokens": ?(\d+)', tail):
-        shot.tokens = int(found[-1])
-    if shot.status == 200 and b"data: [DONE]" not in tail:
-        shot.status = 0
+    with suppress(OSError):
+        await writer.wait_closed()
     return shot
 
 
-async def all_at_once(port: int, requests: Sequence[bytes]) -> tuple[list[Shot], float]:
-    """Every request on a connection that is there already; and the seconds from the first byte to the last."""
+async def read_stream(reader: asyncio.StreamReader, shot: Shot, started: float) -> bytes:
+    """The last bytes of a stream; when its events came is noted. Raises EOFError when it has no proper end."""
+    tail, last = b"", started
+    while not tail.endswith(b"\r\n0\r\n\r\n") and (data := await reader.read(1 << 16)):
+        if b"data: {" in data:
+            now = time.perf_counter()
+            if shot.first is None:
+                shot.first = now - started
+            else:
+                shot.gaps.append(now - last)
+            last = now
+        tail = (tail + data)[-2048:]
+    if b"data: [DONE]" not in tail:
+        raise EOFError("the stream was cut off")
+    return tail
+
+
+async def all_at_once(port: int, requests: Sequence[bytes]) -> tuple[list[Shot], float, float]:
+    """Every request on a connection that is there already; the seconds from the first byte to the last, and how many of
+    them this process was at work."""
     connections = [await connect(port) for _ in requests]
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     shots = await asyncio.gather(*map(fire, connections, requests))
-    return shots, time.perf_counter() - started
+    return shots, time.perf_counter() - started, time.process_time() - cpu
 
 
 async def closed_loop(port: int, requests: Sequence[bytes], concurrency: int) -> tuple[list[Shot], float]:
@@ -109,7 +123,8 @@ async def closed_loop(port: int, requests: Sequence[bytes], concurrency: int) ->
 
     async def work() -> None:
         while left:
-            shots.append(await fire(await connect(port), left.pop()))
+            request = left.pop()  # before the first await: the others take from it as well
+            shots.append(await fire(await connect(port), request))
 
     started = time.perf_counter()
     await asyncio.gather(*(work() for _ in range(concurrency)))

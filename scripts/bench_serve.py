@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 import resource
+import statistics
 import sys
 import threading
 import time
@@ -31,11 +32,13 @@ from fake_runner import FakeRunner
 
 import api
 from api.server import Server
-from api.sockets import HttpServer, listen
+from api.sockets import HttpServer, listen, settle
+from api.visit import EdgeLimits
 
 PARTS = ("overhead", "refusals", "load")
 NAME = "bench"
 STREAMS, SLOTS, SOCKETS = 256, 30, 1000
+ANSWER = 200  # tokens of an answer beside which others are refused
 CHAT = "/v1/chat/completions"
 
 
@@ -86,6 +89,7 @@ def make_client(options: Options) -> api.AsyncClient:
         served = client._models.find()
         words = [i for i, text in enumerate(served.tokenizer.vocabulary.texts) if text]
         served.engine._loop.runner = FakeRunner(words, options.step)
+    settle()  # on both sides of a comparison
     return client
 
 
@@ -93,7 +97,8 @@ def serve(pipe: Connection, options: Options) -> None:
     """Sends (port, context, vocabulary size), then serves until the other end says stop, or is gone."""
     allow_sockets()
     client = make_client(options)
-    http = HttpServer(Server(client, slots=options.slots))
+    # Everybody connects before the first one speaks, which to a server looks like a crowd of half-sent requests.
+    http = HttpServer(Server(client, slots=options.slots, limits=EdgeLimits(unfinished=2 * SOCKETS)))
     listening = listen("127.0.0.1", 0)
     listening.listen(SOCKETS)  # so that whoever hears of the port may connect
     engine = client._models.find().engine
@@ -106,12 +111,13 @@ def serve(pipe: Connection, options: Options) -> None:
         http.stop()
 
     threading.Thread(target=wait, daemon=True).start()
-    asyncio.run(http.serve([listening]))
+    http.run([listening])
     asyncio.run(client.close())
 
 
 def answer_in_process(pipe: Connection, options: Options) -> None:
-    """For every request's fields that come: STREAMS of them at once on one event loop; sends tokens per second."""
+    """For every request's fields that come: as many as there are slots at once on one event loop; sends tokens per
+    second."""
     client = make_client(options)
 
     async def one(fields: dict[str, Any]) -> int:
@@ -122,7 +128,7 @@ def answer_in_process(pipe: Connection, options: Options) -> None:
 
     async def all_of_them(fields: dict[str, Any]) -> float:
         started = time.perf_counter()
-        tokens = await asyncio.gather(*(one(fields) for _ in range(STREAMS)))
+        tokens = await asyncio.gather(*(one(fields) for _ in range(options.slots)))
         return sum(tokens) / (time.perf_counter() - started)
 
     pipe.send(None)
@@ -202,7 +208,7 @@ def overhead(args: argparse.Namespace) -> dict[str, Any]:
                 return pipe.recv()
 
             def over_http(port: int = port) -> float:
-                shots, seconds = asyncio.run(load.all_at_once(port, requests))
+                shots, seconds, _ = asyncio.run(load.all_at_once(port, requests))
                 assert all((shot.status, shot.tokens) == (200, args.tokens) for shot in shots)
                 return STREAMS * args.tokens / seconds
 
@@ -227,17 +233,29 @@ def refusals(args: argparse.Namespace) -> dict[str, Any]:
     """How long a request waits for its 429, when 1,000 come at once on 30 slots and steps take 20 ms."""
     cores = sorted(os.sched_getaffinity(0))
     here, there = (cores[1], cores[0]) if len(cores) > 1 else (None, None)
-    requests = [load.request_bytes(CHAT, chat_fields(200))] * SOCKETS
+    requests = [load.request_bytes(CHAT, chat_fields(ANSWER))] * SOCKETS
     with child(serve, Options(args.model, SLOTS, 0.02, there)) as (_, (port, *_)), pinned(here):
-        at_once, _ = asyncio.run(load.all_at_once(port, requests))
+        at_once, _, cpu = asyncio.run(load.all_at_once(port, requests))
         # Beside full slots, one after the other: what one refusal costs, without a queue of 970 others before it.
         alone = asyncio.run(one_by_one(port, requests[0]))
     statuses = Counter(shot.status for shot in at_once)
     crowd = load.percentiles([shot.seconds for shot in at_once if shot.status == 429], 50, 99)
     single = load.percentiles([shot.seconds for shot in alone], 50, 99)
-    print(f"{SOCKETS} requests at once on {SLOTS} slots: {statuses[200]} answered, {statuses[429]} refused (429)")
+    answer = statistics.median(shot.seconds for shot in at_once if shot.status == 200)
+    share = crowd["p99"] / 1000 / answer
+    print(f"{len(requests)} requests at once on {SLOTS} slots: {statuses[200]} answered, {statuses[429]} refused (429)")
     print(f"a refusal took p50 {crowd['p50']} ms, p99 {crowd['p99']} ms among all; p50 {single['p50']} ms alone")
-    return {"answered": statuses[200], "refused": statuses[429], "ms_at_once": crowd, "ms_alone": single}
+    print(f"an answer took {answer:.2f} s (median), so the p99 of a refusal is {share:.1%} of one")
+    print(f"the load generator itself worked for {cpu * 1000:.0f} ms, beside the server where there are two cores")
+    return {
+        "answered": statuses[200],
+        "refused": statuses[429],
+        "ms_at_once": crowd,
+        "ms_alone": single,
+        "answer_s": round(answer, 2),
+        "p99_share_of_answer": round(share, 4),
+        "generator_cpu_s": round(cpu, 3),
+    }
 
 
 async def one_by_one(port: int, request: bytes, count: int = 200) -> list[load.Shot]:

@@ -23,10 +23,12 @@ from pathlib import Path
 import api
 from api.edge import LOOPBACK, access_log
 from api.server import Server
-from api.sockets import Exit, HttpServer, listen
+from api.sockets import Exit, HttpServer, listen, settle
 from api.visit import EdgeLimits
 from llama.config import EngineConfig
 from llama.errors import EngineError
+
+log = logging.getLogger("serve")
 
 KEYS_VARIABLE = "LLAMA_API_KEYS"
 
@@ -59,7 +61,7 @@ def main() -> int:
     http = HttpServer(server)
     loading = Loading(args, server, http, lambda name: welcome(address, name, bool(keys)))
     loading.start()
-    asyncio.run(http.serve([socket]))
+    http.run([socket])
     if server.client is not None:
         asyncio.run(server.client.close())
     if loading.is_alive():
@@ -80,14 +82,17 @@ class Loading(threading.Thread):
     def run(self) -> None:
         try:
             client = self._load()
+            settle()
+            self.server.client = client
+            self.ready(client._models.find().name)
+        except (EngineError, ValueError) as error:
+            print(f"serve: {error}", file=sys.stderr)
         except BaseException as error:
-            expected = isinstance(error, EngineError | ValueError)
-            print(f"serve: {error if expected else repr(error)}", file=sys.stderr)
-            self.failed = True
-            self.http.stop()
+            log.exception("loading failed: %r", error)
+        else:
             return
-        self.server.client = client
-        self.ready(client._models.find().name)
+        self.failed = True
+        self.http.stop()
 
     def _load(self) -> api.AsyncClient:
         args = self.args

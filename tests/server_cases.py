@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 import threading
@@ -38,7 +37,7 @@ def serving(client: api.AsyncClient | None, **options: Any) -> Iterator[Serving]
     http = HttpServer(server)
     sock = listen("127.0.0.1", 0)
     port = sock.getsockname()[1]
-    thread = threading.Thread(target=lambda: asyncio.run(http.serve([sock])), name="http")
+    thread = threading.Thread(target=http.run, args=([sock],), name="http")
     thread.start()
     try:
         eventually(lambda: http.started)

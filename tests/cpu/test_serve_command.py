@@ -142,6 +142,39 @@ def test_what_it_does_not_start_with(options: list[str], code: int, says: str) -
     assert says in done.stderr
 
 
+# serve.py with a fault planted where {what} is called in the thread that loads.
+FAULTY = """
+import sys
+import api, serve
+def fault(*args, **options):
+    raise {error}
+{what} = fault
+sys.exit(serve.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        ("api.AsyncClient", "ZeroDivisionError('planted')"),
+        ("serve.settle", "MemoryError('planted')"),
+        ("serve.welcome", "SystemExit('planted')"),
+    ],
+)
+def test_whatever_goes_wrong_while_loading_ends_it(folder: Path, what: str, error: str) -> None:
+    """Not a server that answers 503 for ever: exit code 1, and the error with its place."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTY.format(what=what, error=error), "--port", "0", "--model", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={**environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"},
+    )
+    assert done.returncode == 1, done.stderr
+    assert f"loading failed: {error}" in done.stderr
+    assert "in fault" in done.stderr
+
+
 def test_a_port_that_is_taken(folder: Path) -> None:
     with running("--model", folder) as serve:
         done = subprocess.run(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from selectors import EVENT_READ
 from typing import Any
 
 import openai
@@ -20,6 +22,7 @@ import api
 from api.body import parse_object
 from api.edge import Keys
 from api.quota import Line
+from api.sockets import AT_ONCE, InTurn
 from api.visit import EdgeLimits
 
 KEYS = ["sk-first", "sk-second"]
@@ -172,6 +175,7 @@ def guarded(client: api.AsyncClient) -> Iterator[int]:
         "Bearer ",
         "Bearer sk-firs",
         "Bearer sk-firstx",
+        "Bearer SK-FIRST",
         "Bearer sk-first sk-second",
         "Basic sk-first",
         "sk-first",
@@ -400,6 +404,34 @@ def test_a_head_that_drips(port: int) -> None:
     assert time.monotonic() - started < LIMITS.send + 4
 
 
+def test_no_more_connections_than_allowed() -> None:
+    """One too many is closed at once; those before it are served, and the next one when there is room."""
+    with serving(None, limits=EdgeLimits(connections=3)) as running, ExitStack() as stack:
+        first, *others = [stack.enter_context(Raw(running.port)) for _ in range(3)]
+        for raw in (first, *others):
+            assert raw.send(get("/health")).answer().status == 200
+        with Raw(running.port) as raw, pytest.raises((EOFError, OSError)):
+            raw.send(get("/health")).answer()
+        for raw in (first, *others):
+            assert raw.send(get("/health")).answer().status == 200
+        first.close()
+        eventually(lambda: len(running.http.server_state.connections) == 2)
+        assert ask(running.port, get("/health")).status == 200
+
+
+def test_of_a_crowd_of_half_sent_requests_the_oldest_go() -> None:
+    """Long before their time is over; the newest are served when they are complete."""
+    with serving(None, limits=EdgeLimits(unfinished=3, send=60.0)) as running, ExitStack() as stack:
+        crowd = [stack.enter_context(Raw(running.port)) for _ in range(8)]
+        for raw in crowd:
+            raw.send(get("/health")[:-4])
+            time.sleep(0.01)
+        eventually(lambda: len(running.http.server_state.connections) == 3)
+        assert all(raw.closed() for raw in crowd[:5])
+        for raw in crowd[5:]:
+            assert raw.send(get("/health")[-4:]).answer().status == 200
+
+
 def test_a_client_that_asks_before_it_sends(port: int) -> None:
     request = post(COMPLETIONS, GOOD, {"Expect": "100-continue"})
     first, _, body = request.partition(b"\r\n\r\n")
@@ -434,6 +466,40 @@ def test_a_reply_does_not_wait_for_the_network(port: int) -> None:
         for _ in range(20):
             raw.send(get("/ready")).answer()
         assert (time.monotonic() - started) / 20 < 0.03
+
+
+def test_an_answer_leaves_in_one_piece(port: int) -> None:
+    """Head and body together: whoever has read the head has the body as well."""
+    with Raw(port) as raw:
+        for request in (get("/health"), post(CHAT, b"{")):
+            top = raw.send(request).read_until(b"\r\n\r\n").decode().lower()
+            size = re.search(r"content-length: (\d+)", top)
+            assert size is not None
+            assert len(raw.buffer) == int(size[1]) > 0
+            raw.buffer = b""
+
+
+def test_a_crowd_is_read_in_turn() -> None:
+    """A few sockets a round, each once; those that were closed meanwhile, or registered anew, are left out."""
+    pairs = [socket.socketpair() for _ in range(2 * AT_ONCE)]
+    with ExitStack() as stack, InTurn() as selector:
+        for here, there in pairs:
+            stack.enter_context(here)
+            stack.enter_context(there)
+            selector.register(here, EVENT_READ)
+            there.send(b"!")
+        first = {key.fd for key, _ in selector.select(0)}
+        assert len(first) == AT_ONCE
+        gone, back, *_ = [here for here, _ in pairs if here.fileno() not in first]
+        selector.unregister(gone)
+        selector.unregister(back)
+        selector.register(back, EVENT_READ, data="another")
+        second = {key.fd for key, _ in selector.select(0)}
+        assert len(second) == AT_ONCE - 2
+        assert not second & (first | {gone.fileno(), back.fileno()})
+        again = [key for _ in range(2) for key, _ in selector.select(0)]
+        assert len(again) == 2 * AT_ONCE - 1  # nobody has been read yet
+        assert [key.data for key in again if key.fd == back.fileno()] == ["another"]
 
 
 # --- headers and the log -----------------------------------------------------------------------------------------

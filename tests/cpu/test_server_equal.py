@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -314,6 +315,87 @@ def test_the_2023_client_gets_what_it_looks_for(served: Serving) -> None:
     assert isinstance(refused.json["error"]["message"], str)
 
 
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl on this machine")
+
+
+def curl(served: Serving, kind: str, fields: dict[str, Any]) -> tuple[int, str]:
+    """The status and the body of an answer, as curl gives them."""
+    url = f"{served.url}/v1/{'chat/completions' if kind == 'chat' else 'completions'}"
+    options = ["-sSN", "-w", "\n%{http_code}", "-H", "Content-Type: application/json", "--data-binary", "@-"]
+    done = subprocess.run(
+        ["curl", *options, url],
+        input=json.dumps(wire_fields(fields)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    body, _, status = done.stdout.rpartition("\n")
+    return int(status), body
+
+
+def wire_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """What openai's client makes of a call: `extra_body` stands beside the other fields."""
+    return {name: value for name, value in fields.items() if name != "extra_body"} | fields.get("extra_body", {})
+
+
+@needs_curl
+@pytest.mark.parametrize(("kind", "given"), SCRIPT, ids=lambda one: json.dumps(one)[:60])
+def test_curl_runs_the_script(served: Serving, local: api.Client, kind: str, given: dict[str, Any]) -> None:
+    fields = fields_of(kind, given)
+    status, body = curl(served, kind, fields)
+    there = json.loads(body)
+    here = outcome_in_process(local, kind, fields)
+    assert (plain(there) if status == 200 else {"status": status, **there}) == here
+
+
+@needs_curl
+@pytest.mark.parametrize("kind", ["chat", "completions"])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"logprobs": True}, {"user": "someone"}, {"extra_body": {"return_token_ids": True}}, {"n": 3}],
+    ids=json.dumps,
+)
+def test_curl_sees_the_events_of_the_client(
+    served: Serving, local: api.Client, kind: str, given: dict[str, Any]
+) -> None:
+    """Event by event, for answers of one token: those of more may be cut differently, by the reader's pace."""
+    if kind == "completions" and "logprobs" in given:
+        given = {"logprobs": 2}
+    fields = fields_of(kind, given) | {"max_tokens": 1, "stream": True, "stream_options": {"include_usage": True}}
+    status, body = curl(served, kind, fields)
+    assert status == 200
+    *events, done = Answer(status, {}, body.encode()).events
+    assert done == "[DONE]"
+    here = [plain(chunk.to_dict()) for chunk in endpoint(local, kind).create(**fields)]
+    assert [plain(event) for event in events] == here
+    assert len(here) >= (3 if kind == "chat" else 2)
+
+
+@needs_curl
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("chat", {"messages": TURNS, "seed": 4}),
+        ("chat", {"seed": 1, "n": 3, "stop": ["a", "o", "the"]}),
+        ("completions", {"seed": 2, "logprobs": 5, "echo": True}),
+        ("chat", {"n": 9}),
+        ("completions", {"model": "another"}),
+    ],
+    ids=lambda one: json.dumps(one)[:60],
+)
+def test_curl_reads_a_stream(served: Serving, local: api.Client, kind: str, given: dict[str, Any]) -> None:
+    fields = fields_of(kind, given) | {"stream": True}
+    status, body = curl(served, kind, fields)
+    try:
+        here: Any = folded([chunk.to_dict() for chunk in endpoint(local, kind).create(**fields)])
+    except api.APIError as error:
+        assert {"status": status, **json.loads(body)} == {"status": error.status_code, "error": error.body}
+    else:
+        *events, done = Answer(status, {}, body.encode()).events
+        assert (status, done, folded(events)) == (200, "[DONE]", here)
+
+
 # Run by the interpreter that OPENAI_028_PYTHON names, which has openai 0.28: calls in, outcomes out, as lines of JSON.
 CHILD_OF_2023 = """
 import json, sys
@@ -336,9 +418,7 @@ for line in sys.stdin:
 def test_the_client_of_2023_runs_the_script(served: Serving, local: api.Client, stream: bool) -> None:
     script = []
     for kind, given in STREAMED if stream else SCRIPT:
-        fields = fields_of(kind, given)
-        extra = fields.pop("extra_body", {})
-        script.append((kind, {**fields, **extra, "stream": stream}))
+        script.append((kind, wire_fields(fields_of(kind, given)) | {"stream": stream}))
     done = subprocess.run(
         [os.environ["OPENAI_028_PYTHON"], "-c", CHILD_OF_2023, f"{served.url}/v1"],
         input="".join(json.dumps(one) + "\n" for one in script),

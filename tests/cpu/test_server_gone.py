@@ -229,10 +229,32 @@ def test_slots_of_a_key(client: api.AsyncClient) -> None:
         eventually(lambda: running.server.active == 0)
 
 
+@pytest.mark.usefixtures("slow")
+def test_slots_in_all(client: api.AsyncClient) -> None:
+    """Two keys that have slots left each, and the model none: a refusal at once, and no waiting."""
+    with serving(client, keys=["one", "two"], slots_per_key=SLOTS, limits=EdgeLimits()) as running:
+        streams = []
+        for number in range(SLOTS):
+            headers = {"Authorization": f"Bearer {('one', 'two')[number % 2]}"}
+            streams.append(Raw(running.port).send(post(COMPLETIONS, LONG | {"stream": True}, headers)))
+        eventually(lambda: in_use(client) == SLOTS)
+        for _ in range(2):
+            refused = ask(running.port, post(COMPLETIONS, SHORT, headers))
+            assert (refused.status, refused.headers["x-ratelimit-remaining-requests"]) == (429, "0")
+            assert in_use(client) == SLOTS, "it waited until a slot was free"
+            check_retry(refused)
+        text = ask(running.port, get("/metrics", headers)).body
+        assert b'llama_admission_rejections_total{reason="slots"} 2.0' in text
+        for raw in streams:
+            raw.close()
+        eventually(lambda: running.server.active == 0)
+
+
 @pytest.fixture(scope="module")
 def crowded(folder: Path) -> Iterator[tuple[api.AsyncClient, Serving]]:
-    """A server with the usual thirty slots."""
-    with api_client(folder) as client, serving(client, slots=30) as running:
+    """A server with the usual thirty slots. It lets a thousand connect before the first one speaks, however long that
+    takes here; as a rule, those who connect and say nothing are a crowd of which the oldest go."""
+    with api_client(folder) as client, serving(client, slots=30, limits=EdgeLimits(unfinished=2000)) as running:
         yield client, running
 
 
@@ -389,13 +411,15 @@ def test_pauses_are_filled_with_comments(client: api.AsyncClient, served: Servin
 def test_health_says_when_steps_have_stopped(client: api.AsyncClient, served: Serving, slow: Script) -> None:
     go_on = threading.Event()
     slow.gate = go_on.wait
-    with Raw(served.port) as raw:
-        raw.send(STREAM)
-        took = eventually(lambda: ask(served.port, get("/health")).status == 503)
-        assert 1.5 < took < 3.0
-        assert ask(served.port, get("/ready")).status == 503
-    slow.gate = None
-    go_on.set()
+    try:
+        with Raw(served.port) as raw:
+            raw.send(STREAM)
+            took = eventually(lambda: ask(served.port, get("/health")).status == 503)
+            assert 1.5 < took < 3.0
+            assert ask(served.port, get("/ready")).status == 503
+    finally:
+        slow.gate = None
+        go_on.set()
     eventually(lambda: ask(served.port, get("/health")).status == 200)
 
 
@@ -475,6 +499,7 @@ def test_soak(client: api.AsyncClient, served: Serving) -> None:
     eventually(lambda: not served.http.server_state.connections)
     before = resources()
     memory: list[int] = []
+    took: list[float] = []
 
     def one(number: int) -> None:
         stream, dice = rng.random() < 0.5, rng.random()
@@ -482,12 +507,14 @@ def test_soak(client: api.AsyncClient, served: Serving) -> None:
         if dice < 0.05:
             body["temperature"] = "hot"
         with Raw(served.port) as raw:
+            began = time.monotonic()
             raw.send(post(COMPLETIONS, body))
             if 0.05 <= dice < 0.15:
                 time.sleep(rng.random() * 0.01)
                 ends["given up"] += 1
                 return
             answer = raw.answer()
+            took.append(time.monotonic() - began)
         ends[str(answer.status)] += 1
         if answer.status == 200 and stream:
             assert answer.events[-1] == "[DONE]"
@@ -510,7 +537,9 @@ def test_soak(client: api.AsyncClient, served: Serving) -> None:
         assert ends[status] <= log.outcomes[outcome] <= ends[status] + ends["given up"]
     assert resources() == before
     assert memory[-1] - memory[0] < 16 << 20
+    p50, p99 = (sorted(took)[int(len(took) * share)] * 1000 for share in (0.5, 0.99))
     print(dict(ends), dict(log.outcomes), f"{memory[0] >> 20} to {memory[-1] >> 20} MiB")
+    print(f"an answer took p50 {p50:.1f} ms, p99 {p99:.1f} ms")
 
 
 class Listener(logging.Handler):
