@@ -23,9 +23,10 @@ import roofline_plot
 from bench_figures import alternate, beside
 from bench_llama_cpp import llama_cpp_facts
 from bench_machine import machine_title, measure_ceilings
-from bench_model import make_engine, model_config, model_format, model_title, random_prompt, weights_folder
+from bench_model import model_config, model_format, model_title, random_prompt, weights_folder
 from bench_peers import llama_cpp_peer, peer_sides, transformers_peer
-from bench_sides import Ours, Side, transformers_facts
+from bench_remote import RemoteSides
+from bench_sides import Side, our_sides, transformers_facts
 from roofline import Format, Work, decode_work, prefill_work, serving_work
 
 from llama.config import ModelConfig
@@ -86,9 +87,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         peers += bench_engines.asked_for(args, folder, Path(scratch))
         with (
             peer_sides(args, folder, peers, 32, longest) as (theirs, refused),
-            make_engine(args, 32, longest, args.batch_invariant, folder) as engine,
+            RemoteSides(our_sides, args, 32, longest, args.batch_invariant, folder) as ours,
         ):
-            sides: list[Side] = [Ours(engine), *theirs]
+            sides: list[Side] = [*ours, *theirs]
             for name, subject in subjects(args, config, kept).items():
                 if name not in args.subjects:
                     continue

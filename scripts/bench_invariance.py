@@ -10,8 +10,9 @@ from typing import Any
 import bench_figures
 import bench_model
 from bench_figures import alternate, beside
-from bench_model import make_engine, model_config, model_title, random_prompt
-from bench_sides import Ours
+from bench_model import model_config, model_title, random_prompt
+from bench_remote import RemoteSides
+from bench_sides import our_sides
 
 _NEW = 64  # tokens of each sequence
 
@@ -30,14 +31,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"model": args.model or args.shape, "dtype": args.dtype}
     longest = max(args.prompt_tokens, 64) + _NEW
     with (
-        make_engine(args, args.prompts, longest, True) as exact,
-        make_engine(args, args.prompts, longest, False) as fast,
+        RemoteSides(our_sides, args, args.prompts, longest, True) as (exact,),
+        RemoteSides(our_sides, args, args.prompts, longest, False) as (fast,),
     ):
         for batch in (alone, many):
             lengths = [_NEW] * len(batch)
             sides = {
-                "ours": partial(Ours(exact).batch, batch, lengths),
-                "fast": partial(Ours(fast).batch, batch, lengths),
+                "ours": partial(exact.batch, batch, lengths),
+                "fast": partial(fast.batch, batch, lengths),
             }
             title = f"batch_invariant=True (ours) beside False (fast), {len(batch)} sequences: {model_title(args)}"
             figures = alternate(sides, args.rounds)

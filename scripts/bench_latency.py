@@ -13,9 +13,10 @@ import bench_peers
 import roofline_plot
 from bench_figures import OURS, Figure, alternate, beside
 from bench_machine import machine_title, measure_ceilings
-from bench_model import make_engine, model_config, model_format, model_title, random_prompt
+from bench_model import model_config, model_format, model_title, random_prompt
 from bench_peers import transformers_or_none
-from bench_sides import Ours, Side
+from bench_remote import RemoteSides
+from bench_sides import Side, our_sides
 from roofline import Card, decode_rate, decode_work, prefill_seconds, prefill_work
 
 
@@ -40,9 +41,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     before = measure_ceilings(args.device, args.dtype)
     with (
         transformers_or_none(args, 1, longest) as (peers, refused, folder),
-        make_engine(args, 1, longest, args.batch_invariant, folder) as engine,
+        RemoteSides(our_sides, args, 1, longest, args.batch_invariant, folder) as ours,
     ):
-        sides: list[Side] = [Ours(engine), *peers]
+        sides: list[Side] = [*ours, *peers]
         decode = alternate({side.name: partial(side.decode, prompt, args.tokens) for side in sides}, args.rounds)
         prefill = [alternate({side.name: partial(side.prefill, one) for side in sides}, args.rounds) for one in prompts]
         after = measure_ceilings(args.device, args.dtype)

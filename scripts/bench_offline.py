@@ -11,9 +11,10 @@ import bench_figures
 import bench_model
 import bench_peers
 from bench_figures import alternate, beside
-from bench_model import make_engine, model_config, model_title, random_prompt
+from bench_model import model_config, model_title, random_prompt
 from bench_peers import transformers_or_none
-from bench_sides import Ours, Side
+from bench_remote import RemoteSides
+from bench_sides import Side, our_sides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +32,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     longest = min(320, config.max_seq_len)
     with (
         transformers_or_none(args, args.prompts, longest, ["sdpa"]) as (peers, refused, folder),
-        make_engine(args, args.prompts, longest, args.batch_invariant, folder) as engine,
+        RemoteSides(our_sides, args, args.prompts, longest, args.batch_invariant, folder) as ours,
     ):
-        sides: list[Side] = [Ours(engine), *peers]
+        sides: list[Side] = [*ours, *peers]
         figures = alternate({side.name: partial(side.batch, prompts, lengths) for side in sides}, args.rounds)
     title = f"{args.prompts} prompts of 8 to 64 tokens, 16 to 256 new: {model_title(args)}"
     found = beside(title, figures, "output tok/s", args.max_spread, refused)

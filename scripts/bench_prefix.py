@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import bench_figures
 import bench_model
 from bench_figures import OURS, alternate, beside
-from bench_model import make_engine, model_config, model_title, random_prompt
-from bench_sides import Ours
-
-from llama.engine import Engine
+from bench_model import model_config, model_title, random_prompt
+from bench_remote import RemoteSides
+from bench_sides import Side, our_sides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,22 +27,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config, dice = model_config(args), random.Random(6)
     again = random_prompt(config, args.prompt_tokens, dice)
+    options = (args, args.prompts, args.prompt_tokens + 64, args.batch_invariant, None)
     with (
-        make_engine(args, args.prompts, args.prompt_tokens + 64, args.batch_invariant, prefix_cache=True) as cached,
-        make_engine(args, args.prompts, args.prompt_tokens + 64, args.batch_invariant) as plain,
+        RemoteSides(our_sides, *options, True) as (cached,),
+        RemoteSides(our_sides, *options, False) as (plain,),
     ):
 
-        def unrelated(engine: Engine) -> Callable[[], float]:
+        def unrelated(side: Side) -> Callable[[], float]:
             """New prompts in every run, the same ones for either engine."""
             own = random.Random(7)
-            return lambda: Ours(engine).batch(
+            return lambda: side.batch(
                 [random_prompt(config, 64, own) for _ in range(args.prompts)], [32] * args.prompts
             )
 
         cost = alternate({OURS: unrelated(cached), "without": unrelated(plain)}, args.rounds)
-        gain = alternate(
-            {OURS: lambda: Ours(cached).prefill(again), "without": lambda: Ours(plain).prefill(again)}, args.rounds
-        )
+        gain = alternate({OURS: partial(cached.prefill, again), "without": partial(plain.prefill, again)}, args.rounds)
     title = model_title(args)
     return {
         "model": args.model or args.shape,

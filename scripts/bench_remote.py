@@ -1,4 +1,4 @@
-"""Peers in processes of their own, so that no engine's threads stand in another's way.
+"""Engines in processes of their own, so that none's threads stand in another's way, nor those of the bench.
 
 OpenMP's workers stop spinning between loops as soon as a process has more of them than cores, which two engines in one
 process have: ours took 13.6 ms a token beside a loaded peer, and 9.7 ms alone.

@@ -5,14 +5,16 @@ Everything is greedy and ignores end tokens, so that every side computes exactly
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from bench_model import greedy
+from bench_model import greedy, make_engine
 
+from llama.config import ModelConfig
 from llama.engine import Engine
 from llama.request import Request
 
@@ -70,6 +72,19 @@ class Ours:
 
     def tokens(self, prompt: list[int], n: int) -> list[int]:
         return self.engine.generate([prompt], greedy(n))[0].token_ids
+
+
+def our_sides(
+    args: argparse.Namespace,
+    slots: int,
+    max_seq_len: int,
+    batch_invariant: bool | None,
+    source: Path | ModelConfig | None = None,
+    prefix_cache: bool = False,
+) -> list[Side]:
+    """`make_engine` as a side, for a process of its own."""
+    torch.set_num_threads(args.threads)
+    return [Ours(make_engine(args, slots, max_seq_len, batch_invariant, source, prefix_cache))]
 
 
 def transformers_missing() -> str | None:
