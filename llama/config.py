@@ -56,6 +56,8 @@ class ModelConfig:
         }
         for name, ceiling in ceilings.items():
             value = getattr(self, name)
+            if value is None and name == "block_size":
+                continue
             if type(value) is not int or not 1 <= value <= ceiling:
                 raise ConfigError(name, value, f"must be a whole number from 1 to {ceiling}")
         for name in ("norm_eps", "rope_theta", "rope_scale"):
@@ -228,7 +230,8 @@ class EngineConfig:
     device: 'auto' (CUDA when there is one), 'cpu', 'cuda' or 'cuda:N'.
     dtype: 'auto' (the checkpoint's; fp32 for fp16 on CPU), or one of DTYPES.
     slots: requests in flight; further ones are refused or wait.
-    block_size: token positions per cache block. max_batch_tokens: tokens computed in one step, prefill and decode.
+    block_size: token positions per cache block; None = 64 on CUDA, 16 on the CPU. max_batch_tokens: tokens computed in
+    one step, prefill and decode.
     max_batch_seqs: sequences in one step. kv_memory: bytes of KV cache; None = what the device has left, or on the
     CPU what the slots can use, at most a quarter of the free memory.
     max_seq_len: a context shorter than the model's own. prefix_cache: keep and find the blocks of equal prompt starts.
@@ -246,7 +249,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     slots: int = 30
-    block_size: int = 64
+    block_size: int | None = None
     max_batch_tokens: int = 2048
     max_batch_seqs: int = 256
     kv_memory: int | None = None
@@ -262,6 +265,8 @@ class EngineConfig:
         ceilings = {"slots": 1 << 16, "block_size": 1024, "max_batch_tokens": 1 << 20, "max_batch_seqs": 1 << 16}
         for name, ceiling in ceilings.items():
             value = getattr(self, name)
+            if value is None and name == "block_size":
+                continue
             if type(value) is not int or not 1 <= value <= ceiling:
                 raise ConfigError(name, value, f"must be a whole number from 1 to {ceiling}")
         for name in ("kv_memory", "max_seq_len", "threads"):

@@ -86,7 +86,8 @@ class Engine:
         self.slots = Slots(config.slots)
         self._pid = os.getpid()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        pool = BlockPool(self.setup.memory_plan.num_blocks, config.block_size, config.prefix_cache)
+        plan = self.setup.memory_plan
+        pool = BlockPool(plan.num_blocks, plan.block_size, config.prefix_cache)
         self._scheduler = Scheduler(pool, config.max_batch_tokens, config.max_batch_seqs)
         build = partial(build_runner, self.setup, progress)
         started: SimpleQueue[EngineLoop | BaseException] = SimpleQueue()
@@ -141,7 +142,7 @@ class Engine:
         try:
             self._check_alive()
             params = request.params
-            capacity = self._scheduler.pool.n_usable * self.setup.config.block_size
+            capacity = self.setup.memory_plan.kv_tokens
             check_request(request, self.model_config.vocab_size, self.max_seq_len, capacity, self.limits)
             if params.stop and self.tokenizer is None:
                 raise InvalidRequest("stop", list(params.stop), "this model has no tokenizer; use stop_token_ids")
@@ -180,7 +181,7 @@ class Engine:
         if len(each) != len(prompts):
             raise InvalidRequest("params", len(each), f"must be one, or one for each of the {len(prompts)} prompts")
         requests = [Request([self.encode(p)], one) for p, one in zip(prompts, each, strict=True)]
-        capacity = self._scheduler.pool.n_usable * self.setup.config.block_size
+        capacity = self.setup.memory_plan.kv_tokens
         for request in requests:
             check_request(request, self.model_config.vocab_size, self.max_seq_len, capacity, self.limits)
         streams: list[Stream] = []

@@ -16,6 +16,7 @@ from weights_source import HF, random_source
 from weights_write import write_checkpoint
 
 import kernels
+from llama.cache import default_block_size
 from llama.config import DTYPES, EngineConfig, ModelConfig
 from llama.engine import Engine
 from llama.request import SamplingParams
@@ -115,7 +116,7 @@ def make_engine(
 
 def _cache_bytes(shape: ModelConfig, args: argparse.Namespace, slots: int, max_seq_len: int) -> int:
     """Of twice the slots' tokens and one block more, which is what an engine takes on the CPU."""
-    size = EngineConfig.block_size
+    size = default_block_size(torch.device(args.device).type)
     blocks = 1 + 2 * slots * -(-min(max_seq_len, shape.max_seq_len) // size)
     return blocks * size * kv_bytes(shape, model_format(args))
 

@@ -40,6 +40,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 [random_prompt(config, 64, own) for _ in range(args.prompts)], [32] * args.prompts
             )
 
+        # As a server is after a while: every block of the cache was used before, and the oldest prefix makes room.
+        filling = [random_prompt(config, args.prompt_tokens + 63, dice) for _ in range(2 * args.prompts)]
+        for side in (cached, plain):
+            side.batch(filling, [1] * len(filling))
         cost = alternate({OURS: unrelated(cached), "without": unrelated(plain)}, args.rounds)
         gain = alternate({OURS: partial(cached.prefill, again), "without": partial(plain.prefill, again)}, args.rounds)
     title = model_title(args)

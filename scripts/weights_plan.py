@@ -9,6 +9,7 @@ from typing import Any
 
 from roofline import Card, Format, decode_rate, kv_bytes, prefill_seconds, resident
 
+from llama.cache import default_block_size
 from llama.config import EngineConfig, ModelConfig
 from llama.errors import ConfigError
 
@@ -91,7 +92,7 @@ def plan_one(model: ModelConfig, card: Card, name: str, slots: int, context: int
     weights = resident(model, kept)
     acts = activations(model, EngineConfig())
     kv = kv_bytes(model, kept)
-    block = EngineConfig().block_size
+    block = default_block_size("cuda")
     left = (card.memory - _CONTEXT - weights - acts) * _SHARE
     blocks = max(0, int(left) // (kv * block) - 1)  # one block is padding
     fit = blocks // math.ceil(context / block)

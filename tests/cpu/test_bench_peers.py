@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,16 @@ TINY = ModelConfig(64, 2, 4, 4, 16, 128, 320, max_seq_len=256)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench_model.SHAPES, "tiny", TINY)
     monkeypatch.setattr(bench_peers, "transformers_missing", lambda: "is not installed")
+    for subject in (bench_compare, bench_latency, bench_offline):
+        monkeypatch.setattr(subject, "RemoteSides", in_this_process)
+
+
+@contextmanager
+def in_this_process(make: Any, *args: Any) -> Iterator[list[Ours]]:
+    """Another process would not know the tiny shape."""
+    (ours,) = make(*args)
+    with ours.engine:
+        yield [ours]
 
 
 def arguments(subject: Any, *words: str) -> argparse.Namespace:
@@ -141,7 +151,7 @@ def test_latency_and_offline_say_why_there_is_no_ratio(peers: str, reason: str) 
 
 def test_latency_reports_no_share_of_what_varied_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = iter(range(1, 1000))
-    monkeypatch.setattr(bench_latency, "Ours", lambda engine: Drifting(rates))
+    monkeypatch.setattr(bench_latency, "RemoteSides", lambda *_: nullcontext([Drifting(rates)]))
     args = arguments(bench_latency, "--no-peers", "--ttft", "8", "--max-spread", "0.1")
     found = bench_latency.run(args)
     assert "share_of_bandwidth" not in found["decode"] and found["decode"]["medians"] == {}
