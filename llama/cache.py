@@ -69,8 +69,8 @@ class MemoryPlan:
 def default_block_size(device_type: str) -> int:
     """Token positions of a block on 'cuda' or 'cpu'.
 
-    A cached prompt is computed from the start of its last block on, which is quicker with small blocks. CUDA's attention
-    reads keys in tiles of 64.
+    A cached prompt is computed from the start of its last block on, which is quicker with small blocks. CUDA's
+    attention reads keys in tiles of 64.
     """
     return 64 if device_type == "cuda" else 16
 
