@@ -23,6 +23,7 @@ from weights_source import META, open_source
 from weights_write import write_checkpoint
 
 from llama.checkpoint import read_config
+from llama.meta_format import read_pth
 
 NEEDED = ("generate.py", "model.py", "tokenizer.py")
 VLLM_SPARE = 6 << 30  # bytes of a card, for its activations and graphs
@@ -75,6 +76,15 @@ def gpt_fast_weights(folder: Path, scratch: Path, dtype: str) -> Path:
     return made / "consolidated.00.pth"
 
 
+def tensors_of(path: Path, dtype: str) -> dict[str, torch.Tensor]:
+    """Every tensor of a .pth whose tensors are all of that dtype."""
+    regions = read_pth(path)
+    found = {name: torch.empty(region.shape, dtype=getattr(torch, dtype)) for name, region in regions.items()}
+    for name, region in regions.items():
+        region.read_rows(0, found[name])
+    return found
+
+
 class GptFast:
     """Its own `generate`, its decode step compiled as its command line does with --compile."""
 
@@ -98,7 +108,7 @@ class GptFast:
         )
         with torch.device("meta"):
             self._model = model.Transformer(args)
-        weights = torch.load(gpt_fast_weights(folder, scratch, dtype), mmap=True, weights_only=True)
+        weights = tensors_of(gpt_fast_weights(folder, scratch, dtype), dtype)
         self._model.load_state_dict(weights, assign=True)
         self._model = self._model.to(device=device, dtype=getattr(torch, dtype)).eval()
         self._device = device
