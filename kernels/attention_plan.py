@@ -21,8 +21,6 @@ TILE_KEYS = 64
 # One entry of the Triton kernels' list of work; every prefill tile divides it.
 TILE_POSITIONS = 128
 MAX_KV_HEADS = 128
-
-
 # torch's attention on the CPU skips what causality hides by whole tiles of 512 keys only: a prompt within the first
 # tile goes in parts of so many queries, which took 4.1 ms instead of 5.4 for 512 tokens and 12 heads. Behind it nothing
 # is won.
@@ -92,13 +90,12 @@ class CpuPlan:
     def spans(self) -> list[SequenceSpan]:
         """Sequence by sequence."""
         made = []
-        for i, n_keys in enumerate(self._lengths.tolist()):
-            row, end = self._starts[i : i + 2].tolist()
+        starts, lengths = self._starts.tolist(), self._lengths.tolist()
+        for row, end, n_keys, table in zip(starts[:-1], starts[1:], lengths, self._tables, strict=True):
             part = _PART_QUERIES if n_keys <= _SKIPPED_KEYS else end - row
             for first in range(row, end, part):
                 last = min(first + part, end)
-                seen = n_keys - (end - last)
-                made.append(_span(first, last - first, seen, self._tables[i], self._block_size))
+                made.append(_span(first, last - first, n_keys - (end - last), table, self._block_size))
         return made
 
     def gathers(self, n_seqs: int) -> list[Gather]:

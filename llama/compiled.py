@@ -34,7 +34,7 @@ Layer = Callable[[Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor], tuple[T
 
 
 class CompiledRow:
-    """model: with row-major weights (`keep_rows`). Constructing it compiles, for some seconds to a minute."""
+    """model: with the rows of its weights (`keep_rows`). Constructing it compiles, for some seconds to a minute."""
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
@@ -105,7 +105,8 @@ def _weights(block: Block) -> list[Tensor]:
 
 def _layer_of(model: Transformer) -> Layer:
     """One layer on one row. x: [dim] fp32. cos, sin: [head_dim / 2]. keys, values: [n, n_kv_heads, head_dim] fp32,
-    of the tokens before. Returns x and the new token's k and v, [n_kv_heads, head_dim] fp32.
+    of the tokens before. Returns x, the new token's k and v, [n_kv_heads, head_dim] fp32, and what several
+    loops read: Inductor stores what it returns, and would compute the rest anew for every row of a weight.
     """
     config = model.config
     eps, head_dim, n_kv_heads = config.norm_eps, config.head_dim, config.n_kv_heads

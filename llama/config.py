@@ -56,8 +56,6 @@ class ModelConfig:
         }
         for name, ceiling in ceilings.items():
             value = getattr(self, name)
-            if value is None and name == "block_size":
-                continue
             if type(value) is not int or not 1 <= value <= ceiling:
                 raise ConfigError(name, value, f"must be a whole number from 1 to {ceiling}")
         for name in ("norm_eps", "rope_theta", "rope_scale"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import platform
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,18 +50,24 @@ class Ceilings:
 
 
 def measure_ceilings(device: str, dtype: str) -> Ceilings:
-    """About a second, and 1 GiB (CPU) or 4 GiB (CUDA) for a moment."""
+    """Some seconds, and 1 GiB (CPU) or 4 GiB (CUDA) for a moment.
+
+    In a process of its own: idle OpenMP workers that it left here would stop those of an engine in this process from
+    spinning, and memory that torch kept of the card would be missing in an engine's cache.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+        return other.submit(_measure, device, dtype, torch.get_num_threads()).result()
+
+
+def _measure(device: str, dtype: str, threads: int) -> Ceilings:
+    torch.set_num_threads(threads)
     on_cuda = device.startswith("cuda")
     data = torch.ones(1 << (30 if on_cuda else 28), device=device)
     read = data.nbytes / _best(data.sum, device)
     del data
     n = 8192 if on_cuda else 1536
     a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    matmul = 2 * n**3 / _best(lambda: a @ b, device)
-    if on_cuda:
-        del a, b
-        torch.cuda.empty_cache()  # an engine that comes next takes what the card has left
-    return Ceilings(read, matmul, dtype)
+    return Ceilings(read, 2 * n**3 / _best(lambda: a @ b, device), dtype)
 
 
 def _best(run: Callable[[], object], device: str) -> float:

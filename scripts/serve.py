@@ -179,7 +179,7 @@ def parse() -> argparse.Namespace:
     engine = parser.add_argument_group("engine", "fields of EngineConfig, under the same names")
     engine.add_argument("--device", default=default.device, help="auto, cpu, cuda or cuda:N")
     engine.add_argument("--dtype", default=default.dtype, help="auto, float32, bfloat16 or float16")
-    engine.add_argument("--block-size", type=positive, default=default.block_size, help="token positions in a block")
+    engine.add_argument("--block-size", type=int, default=default.block_size, help="token positions in a block")
     engine.add_argument("--max-batch-tokens", type=int, default=default.max_batch_tokens, help="in one step")
     engine.add_argument("--max-batch-seqs", type=int, default=default.max_batch_seqs, help="in one step")
     engine.add_argument("--kv-memory", type=size, default=default.kv_memory, help="bytes of cache: 500M, 8G")
