@@ -116,11 +116,12 @@ class EngineLoop:
     def expected_wait(self, rank: int = 0) -> float:
         """Seconds until rank + 1 sequences have ended, if steps go on as they do. From any thread.
 
-        Beyond those that are known, the next ones are taken to be as long; with none known, it is a second.
+        Beyond those that are known, the next ones are taken to be as long; with none known, or before the first step
+        has told how long one takes, it is a second.
         """
         seqs = [*self.scheduler.running.copy(), *self.scheduler.waiting.copy()]
         left = sorted([seq.max_len - len(seq.token_ids) for seq in seqs])
-        if not left:
+        if not left or not self.step_seconds:
             return 1.0
         rounds, place = divmod(rank, len(left))
         return max(rounds * left[-1] + left[place], 1) * self.step_seconds

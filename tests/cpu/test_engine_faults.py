@@ -568,6 +568,23 @@ def test_an_interrupt_while_loading_leaves_no_thread(monkeypatch: pytest.MonkeyP
         assert not thread.is_alive()
 
 
+def test_before_the_first_step_nobody_is_told_that_slots_are_free_at_once() -> None:
+    with Engine(TINY, EngineConfig(block_size=8, kv_memory=1 << 20, **OPTIONS), progress=False) as engine:
+        reached, go_on, launch = threading.Event(), threading.Event(), engine._loop.runner.launch
+
+        def held(plan: Plan) -> Callable[[], StepResult]:
+            reached.set()
+            go_on.wait(10)
+            return launch(plan)
+
+        engine._loop.runner.launch = held  # type: ignore[method-assign]
+        stream = engine.submit(Request([[1]], SamplingParams(max_tokens=3, ignore_eos=True)))
+        reached.wait(10)
+        assert engine.expected_wait() == 1.0
+        go_on.set()
+        assert sum(len(delta.token_ids) for delta in stream) == 3
+
+
 def test_a_block_that_leaked_is_noticed() -> None:
     engine = Engine(TINY, EngineConfig(block_size=8, kv_memory=1 << 20, **OPTIONS), progress=False)
     leaked: list[int] = []

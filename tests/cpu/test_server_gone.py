@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,20 +188,20 @@ def test_a_reader_that_does_not_read_is_cut_off(client: api.AsyncClient, served:
 
 @pytest.mark.usefixtures("slow")
 def test_one_more_than_the_slots_is_refused(client: api.AsyncClient, served: Serving) -> None:
-    streams = [Raw(served.port).send(STREAM) for _ in range(SLOTS)]
-    eventually(lambda: in_use(client) == SLOTS)
-    for path, body in ((COMPLETIONS, SHORT), (CHAT, {"model": "tiny", "messages": MESSAGES, "stream": True})):
-        answer = ask(served.port, post(path, body))
-        assert (answer.status, answer.code) == (429, "rate_limit_exceeded")
-        assert answer.json["error"]["type"] == "requests"
-        check_retry(answer)
-        assert answer.headers["x-ratelimit-remaining-requests"] == "0"
-        assert answer.headers["x-ratelimit-reset-requests"] != "0s"
-    assert ask(served.port, post(COMPLETIONS, SHORT | {"n": 0})).status == 400  # fields come before the slot
-    assert ask(served.port, get("/v1/models")).status == 200
-    assert ask(served.port, post("/tokenize", {"prompt": "a"})).status == 200
-    for raw in streams:
-        raw.close()
+    with ExitStack() as stack:
+        for _ in range(SLOTS):
+            stack.enter_context(Raw(served.port)).send(STREAM)
+        eventually(lambda: in_use(client) == SLOTS)
+        for path, body in ((COMPLETIONS, SHORT), (CHAT, {"model": "tiny", "messages": MESSAGES, "stream": True})):
+            answer = ask(served.port, post(path, body))
+            assert (answer.status, answer.code) == (429, "rate_limit_exceeded")
+            assert answer.json["error"]["type"] == "requests"
+            check_retry(answer)
+            assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+            assert answer.headers["x-ratelimit-reset-requests"] != "0s"
+        assert ask(served.port, post(COMPLETIONS, SHORT | {"n": 0})).status == 400  # fields come before the slot
+        assert ask(served.port, get("/v1/models")).status == 200
+        assert ask(served.port, post("/tokenize", {"prompt": "a"})).status == 200
 
 
 def check_retry(answer: Answer) -> None:
