@@ -15,10 +15,10 @@ from typing import Any, Generic, Self
 
 from api.answer import Answer, Chunk, Whole, merge
 from api.checks import Endpoint
-from api.errors import APITimeoutError, bad_type, bad_value, translated
+from api.errors import APITimeoutError, bad_type, bad_value, from_engine, translated
 from api.schema import Usage
 from api.served import Models
-from llama.errors import SlotsFull
+from llama.errors import EngineError, SlotsFull
 from llama.slots import Seat
 from llama.stream import Delta, Stream
 
@@ -129,38 +129,47 @@ class Running(Generic[Whole, Chunk]):
 
     def get(self) -> Delta | None:
         """The next delta, waiting for it; None at the end."""
-        with self._watched():
-            return self.stream.get(self.deadline.left())
+        try:
+            return self.stream.get(self._left())
+        except BaseException as error:
+            self._ended_by(error)
+            raise
 
     async def get_async(self) -> Delta | None:
-        with self._watched():
-            async with asyncio.timeout(self.deadline.left()):
-                return await self.stream.get_async()
+        try:
+            return await self.stream.get_async(self._left())
+        except BaseException as error:
+            self._ended_by(error)
+            raise
 
     def chunks(self, delta: Delta) -> list[Chunk]:
         """What a delta, and all that have gathered behind it, come to."""
-        return [chunk for one in merge([delta, *self.stream.gathered()]) for chunk in self.answer.chunks(one)]
+        return [chunk for one in self._with_gathered(delta) for chunk in self.answer.chunks(one)]
 
     def wire(self, delta: Delta) -> list[str]:
         """The same as JSON."""
-        return [chunk for one in merge([delta, *self.stream.gathered()]) for chunk in self.answer.wire(one)]
+        return [chunk for one in self._with_gathered(delta) for chunk in self.answer.wire(one)]
+
+    def _with_gathered(self, delta: Delta) -> list[Delta]:
+        others: list[Delta] = self.stream.gathered()
+        return merge([delta, *others]) if others else [delta]
 
     def _fold(self, deltas: list[Delta]) -> Whole:
         return self.answer.whole(chunk for delta in merge(deltas) for chunk in self.answer.chunks(delta))
 
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        try:
-            with translated():
-                if self.deadline.passed:
-                    raise TimeoutError
-                yield
-        except TimeoutError as error:
-            self.stream.close()
+    def _left(self) -> float | None:
+        """Seconds until the deadline. Raises TimeoutError when it has passed, even if there is something to read."""
+        if self.deadline.passed:
+            raise TimeoutError
+        return self.deadline.left()
+
+    def _ended_by(self, error: BaseException) -> None:
+        """Abort what still runs. Raises this interface's error for the engine's, and for a deadline."""
+        self.stream.close()
+        if isinstance(error, EngineError):
+            raise from_engine(error) from error
+        if isinstance(error, TimeoutError):
             raise self.deadline.error() from error
-        except BaseException:
-            self.stream.close()
-            raise
 
 
 class ChunkReader(Generic[Chunk]):

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, suppress
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -19,7 +19,7 @@ from api.call import Call, Running
 from api.checks import Endpoint, missing
 from api.client import AsyncClient
 from api.edge import ClientGone, Stalled, read_object
-from api.errors import APIError, APIStatusError, APITimeoutError, ServiceUnavailableError
+from api.errors import APIError, APIStatusError, ServiceUnavailableError
 from api.served import Served
 from api.visit import EdgeLimits, Visit
 
@@ -28,7 +28,7 @@ EVENT_STREAM = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-T = TypeVar("T")
+Interrupt = Callable[[Exception], None]
 
 
 class Generate:
@@ -54,42 +54,46 @@ class Generate:
         fields = await read_object(scope, receive, visit, self.limits)
         if fields.get("model") is None:
             raise missing("model")
-        call: Call[Any, Any] = Call(
-            client._models, self.endpoint, fields, wait=False, timeout=self.limits.request, salt=visit.key
-        )
+        call: Call[Any, Any] = Call(client._models, self.endpoint, fields, wait=False, salt=visit.key)
         visit.model, visit.stream = call.served.name, call.arguments.stream
         with self._seat(visit, call.served):
-            async with self._watched(visit, receive):
+            async with self._watched(visit, receive) as interrupt:
                 running = await call.start_async()
                 visit.began(running.answer)
+                alarm = asyncio.get_running_loop().call_later(self.limits.request, running.stream.close, self._late())
                 try:
                     if call.arguments.stream:
-                        await self._stream(running, visit, send)
+                        await self._stream(running, visit, Events(send, self.limits, interrupt))
                     else:
-                        answer = await _in_time(running.whole_async())
+                        answer = await running.whole_async()
                         await Response(answer.to_json(), media_type="application/json")(scope, receive, send)
                 finally:
+                    alarm.cancel()
                     running.stream.close()
                     visit.count(running.answer)
 
-    async def _stream(self, running: Running[Any, Any], visit: Visit, send: Send) -> None:
+    async def _stream(self, running: Running[Any, Any], visit: Visit, events: Events) -> None:
         """Chunks as they come. What fails before the first one is raised, and so has its HTTP status."""
-        chunks = await _in_time(_next(running))
-        events = Events(send, self.limits)
-        async with events.kept_alive():
+        chunks = await _next(running)
+        async with events.looked_after():
             try:
                 while chunks:
                     await events.write(chunks)
-                    chunks = await _in_time(_next(running))
+                    chunks = await _next(running)
                     self._gap(time.monotonic() - events.last)
                 await events.end()
             except APIError as error:
                 visit.note(error)
                 await events.end(error)
 
+    def _late(self) -> APIStatusError:
+        message = f"The request took longer than {self.limits.request:g} seconds."
+        return APIStatusError(message, type="server_error", code="deadline_exceeded", status_code=504)
+
     @asynccontextmanager
-    async def _watched(self, visit: Visit, receive: Receive) -> AsyncIterator[None]:
-        """End what is inside when the client goes (ClientGone), or when no step has taken the request up in time."""
+    async def _watched(self, visit: Visit, receive: Receive) -> AsyncIterator[Interrupt]:
+        """End what is inside when the client goes (ClientGone), or when no step has taken the request up in time; gives
+        a function that ends it for other reasons."""
 
         async def hang_up() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -105,14 +109,14 @@ class Generate:
             watcher = asyncio.create_task(hang_up())
             timer = asyncio.get_running_loop().call_later(self.limits.queue, check_waiting)
             try:
-                yield
+                yield interrupt
             finally:
                 watcher.cancel()
                 timer.cancel()
 
 
 @asynccontextmanager
-async def interruptible() -> AsyncIterator[Callable[[Exception], None]]:
+async def interruptible() -> AsyncIterator[Interrupt]:
     """Gives a function for others on this event loop: called with an error, it ends what is inside with that error."""
     errors: list[Exception] = []
 
@@ -137,19 +141,16 @@ async def _next(running: Running[Any, Any]) -> list[str]:
     return []
 
 
-async def _in_time(work: Awaitable[T]) -> T:
-    try:
-        return await work
-    except APITimeoutError as error:
-        raise APIStatusError(error.message, type="server_error", code="deadline_exceeded", status_code=504) from error
-
-
 class Events:
-    """Writes a stream of server-sent events. last: when the last one was written."""
+    """Writes a stream of server-sent events. last: when the last one was written.
 
-    def __init__(self, send: Send, limits: EdgeLimits) -> None:
-        self._send, self._limits = send, limits
+    interrupt: is called with Stalled when the client does not read.
+    """
+
+    def __init__(self, send: Send, limits: EdgeLimits, interrupt: Interrupt) -> None:
+        self._send, self._limits, self._interrupt = send, limits, interrupt
         self._begun = False
+        self._writing_since: float | None = None
         self.last = time.monotonic()
 
     async def write(self, chunks: Sequence[str]) -> None:
@@ -162,30 +163,36 @@ class Events:
         await self._write(last.encode(), more=False)
 
     @asynccontextmanager
-    async def kept_alive(self) -> AsyncIterator[None]:
-        """Fill long pauses with comment lines, so that nobody in between takes the connection for dead."""
-        task = asyncio.create_task(self._fill_pauses())
+    async def looked_after(self) -> AsyncIterator[None]:
+        """Fill long pauses, and do not wait for ever for a client: one sleeper each for a whole stream, and no timers
+        for every event."""
+        tasks = [asyncio.create_task(self._fill_pauses()), asyncio.create_task(self._watch_writes())]
         try:
             yield
         finally:
-            task.cancel()
+            for task in tasks:
+                task.cancel()
 
     async def _fill_pauses(self) -> None:
+        """Comment lines, so that nobody in between takes the connection for dead."""
         quiet = self._limits.quiet
-        with suppress(Stalled):  # the next event will find that out as well
-            while True:
-                await asyncio.sleep(max(self.last + quiet - time.monotonic(), 0.01))
-                if time.monotonic() - self.last >= quiet and self._begun:
-                    await self._write(b": still here\n\n")
+        while True:
+            await asyncio.sleep(max(self.last + quiet - time.monotonic(), 0.01))
+            if time.monotonic() - self.last >= quiet and self._begun:
+                await self._write(b": still here\n\n")
+
+    async def _watch_writes(self) -> None:
+        left = stalled = self._limits.stalled
+        while left > 0:
+            await asyncio.sleep(left)
+            since = self._writing_since
+            left = stalled if since is None else since + stalled - time.monotonic()
+        self._interrupt(Stalled())
 
     async def _write(self, data: bytes, more: bool = True) -> None:
-        """Raises Stalled when the client does not read."""
-        try:
-            async with asyncio.timeout(self._limits.stalled):
-                if not self._begun:
-                    self._begun = True
-                    await self._send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
-                await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        except TimeoutError as error:
-            raise Stalled from error
-        self.last = time.monotonic()
+        self._writing_since = time.monotonic()
+        if not self._begun:
+            self._begun = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        self._writing_since, self.last = None, time.monotonic()

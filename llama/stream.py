@@ -106,20 +106,24 @@ class Mailbox:
             self.unfinished = 0
             self.wake()
 
-    def abandon(self) -> None:
-        """Any thread: nobody will read any more. The slot is free at once, the blocks after the current step."""
+    def abandon(self, error: BaseException | None = None) -> None:
+        """Any thread: nobody will read any more. The slot is free at once, the blocks after the current step.
+
+        error: what a reader that waits now gets, if the request has not ended.
+        """
         with self._lock:
             unfinished, self.unfinished = self.unfinished, 0
         if unfinished:
+            self.error = error
             self._abort(self)
         self._end()
         self.wake()
 
     def take(self) -> Delta | None:
-        """Reader: the next delta, if there is one; another thread may clear them at any moment."""
+        """Reader: the next delta, if there is one."""
         try:
-            return self.deltas.popleft()
-        except IndexError:
+            return self.deltas.popleft() if self.deltas else None
+        except IndexError:  # another thread has cleared them in between
             return None
 
     def wake(self) -> None:
@@ -154,18 +158,35 @@ class Mailbox:
             self._seat.release()
 
 
+async def _before(timeout: float | None, awake: asyncio.Future[bool]) -> bool:
+    """Wait for a future; False if that takes longer. What `asyncio.timeout` does for any code costs several times as
+    much, which a server pays for every token."""
+    if timeout is None:
+        return await awake
+    alarm = awake.get_loop().call_later(timeout, _settle, awake, False)
+    try:
+        return await awake
+    finally:
+        alarm.cancel()
+
+
+def _settle(awake: asyncio.Future[bool], result: bool) -> None:
+    if not awake.done():
+        awake.set_result(result)
+
+
 class _Bell:
     """Wakes the readers on one event loop. However many of them a step has served, the loop is called once: each call
     is a system call in the engine thread, which would have to queue for the interpreter after it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._arrived: deque[asyncio.Future[None]] = deque()
+        self._sleepers: deque[asyncio.Future[bool]] = deque()
         self._rung = False
 
-    def ring(self, arrived: asyncio.Future[None]) -> None:
+    def ring(self, sleeper: asyncio.Future[bool]) -> None:
         """Let the loop set a future. From any thread, a finalizer among them."""
-        self._arrived.append(arrived)
+        self._sleepers.append(sleeper)
         if self._rung:
             return
         self._rung = True
@@ -176,10 +197,8 @@ class _Bell:
 
     def _answer(self) -> None:
         self._rung = False  # first: who rings from now on calls again
-        while self._arrived:
-            arrived = self._arrived.popleft()
-            if not arrived.done():
-                arrived.set_result(None)
+        while self._sleepers:
+            _settle(self._sleepers.popleft(), True)
 
 
 _BELLS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Bell] = weakref.WeakKeyDictionary()
@@ -213,25 +232,29 @@ class Stream:
                 raise TimeoutError(f"no token in {timeout} s")
         return delta
 
-    async def get_async(self) -> Delta | None:
+    async def get_async(self, timeout: float | None = None) -> Delta | None:
         """The same without blocking the event loop."""
         mailbox, loop = self._mailbox, asyncio.get_running_loop()
         bell = _BELLS.get(loop) or _BELLS.setdefault(loop, _Bell(loop))
         while (delta := mailbox.take()) is None:
             if mailbox.ended():
                 return None
-            arrived: asyncio.Future[None] = loop.create_future()
-            if mailbox.sleep(partial(bell.ring, arrived)):
-                await arrived
+            awake: asyncio.Future[bool] = loop.create_future()
+            if mailbox.sleep(partial(bell.ring, awake)) and not await _before(timeout, awake):
+                raise TimeoutError(f"no token in {timeout} s")
         return delta
 
     def gathered(self) -> list[Delta]:
         """The deltas that can be had without waiting, perhaps none."""
         return list(iter(self._mailbox.take, None))
 
-    def close(self) -> None:
-        """Abort what still runs, from any thread; again is no harm. What was not read yet is dropped."""
-        self._abandon()
+    def close(self, error: BaseException | None = None) -> None:
+        """Abort what still runs, from any thread; again is no harm. What was not read yet is dropped.
+
+        error: a reader gets it, where otherwise the stream just ends; for who sets a deadline.
+        """
+        self._abandon.detach()
+        self._mailbox.abandon(error)
         self._mailbox.deltas.clear()
 
     def __iter__(self) -> Iterator[Delta]:

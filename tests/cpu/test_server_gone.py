@@ -170,7 +170,7 @@ def test_a_reader_that_does_not_read_is_cut_off(client: api.AsyncClient, served:
     """Five of them, far more text than the sockets hold, and a good client beside them."""
     body = LONG | {"stream": True, "n": 8, "logprobs": 5, "return_token_ids": True, "max_tokens": 230}
     stuck = []
-    with scripted(client, lambda index, prompt: [300] * 230):
+    with listening() as log, scripted(client, lambda index, prompt: [300] * 230):
         for _ in range(SLOTS - 1):
             raw = Raw(served.port)
             raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -179,6 +179,7 @@ def test_a_reader_that_does_not_read_is_cut_off(client: api.AsyncClient, served:
             assert ask(served.port, post(COMPLETIONS, SHORT)).status == 200
         eventually(lambda: served.server.active == 0 and idle(client))
         eventually(lambda: not served.http.server_state.connections)
+    assert log.outcomes == {"ok": 5, "stalled": SLOTS - 1}
     for raw in stuck:
         raw.close()
 
@@ -540,6 +541,63 @@ def test_soak(client: api.AsyncClient, served: Serving) -> None:
     p50, p99 = (sorted(took)[int(len(took) * share)] * 1000 for share in (0.5, 0.99))
     print(dict(ends), dict(log.outcomes), f"{memory[0] >> 20} to {memory[-1] >> 20} MiB")
     print(f"an answer took p50 {p50:.1f} ms, p99 {p99:.1f} ms")
+
+
+def test_soak_of_stock_clients(crowded: tuple[api.AsyncClient, Serving]) -> None:
+    """The same with sixty openai clients on thirty slots, each with its next request as soon as the last one has its
+    end; they come back when they are told to, ten times at most."""
+    (client, served), clients, seen = crowded, 60, []
+    rng, count = random.Random(12), 20_000 if LONG_FORM else 360
+    ends: Counter[str] = Counter()
+    memory: list[int] = []
+
+    async def one(remote: openai.AsyncOpenAI, number: int) -> str:
+        stream, dice = rng.random() < 0.5, rng.random()
+        fields: dict[str, Any] = SHORT | {"max_tokens": rng.randint(1, 40), "seed": number}
+        if dice < 0.05:
+            fields["temperature"] = -1
+        seconds = rng.random() * 0.05 if 0.05 <= dice < 0.15 else None
+        try:
+            async with asyncio.timeout(seconds):
+                answer = await remote.completions.create(**fields, stream=stream)
+                if not stream:
+                    return str(answer.choices[0].finish_reason)
+                return [chunk.choices[0].finish_reason async for chunk in answer][-1]
+        except TimeoutError:
+            return "given up"
+        except (openai.BadRequestError, openai.RateLimitError) as error:
+            return str(error.status_code)
+
+    async def one_after_the_other(numbers: Iterator[int]) -> None:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=10) as remote:
+            for number in numbers:
+                ends[await one(remote, number)] += 1
+                if number % 60 == 0:
+                    memory.append(resident())
+
+    async def all_of_them() -> None:
+        numbers = iter(range(count))
+        await asyncio.gather(*[one_after_the_other(numbers) for _ in range(clients)])
+
+    before = resources()
+    with listening() as log, scripted(client, lambda index, prompt: [300] * 230) as script:
+        script.gate = lambda: (seen.append(in_use(client)), time.sleep(0.002))
+        asyncio.run(all_of_them())
+        eventually(lambda: served.server.active == 0 and idle(client))
+    eventually(lambda: not served.http.server_state.connections)
+    assert sum(ends.values()) == count
+    assert set(ends) <= {"stop", "length", "given up", "400", "429"}
+    assert ends["429"] <= count // 100
+    assert len(log.ids) == log.lines
+    assert set(log.outcomes) <= {"ok", "invalid", "refused", "gone"}
+    served_well = ends["stop"] + ends["length"]
+    assert served_well <= log.outcomes["ok"] <= served_well + ends["given up"]
+    assert ends["400"] == log.outcomes["invalid"]
+    assert max(seen) == 30
+    assert resources() == before
+    warm = len(memory) // 5  # sixty clients have come up by then
+    assert memory[-1] - memory[warm] < 16 << 20
+    print(dict(ends), dict(log.outcomes), f"{memory[warm] >> 20} to {memory[-1] >> 20} MiB")
 
 
 class Listener(logging.Handler):

@@ -222,6 +222,41 @@ def test_a_reader_whose_loop_is_gone_does_not_hurt_the_engine_thread() -> None:
     assert delta is not None
 
 
+def test_an_async_reader_waits_no_longer_than_it_is_told() -> None:
+    async def main() -> None:
+        caller = Caller()
+        with pytest.raises(TimeoutError, match=r"no token in 0\.01 s"):
+            await caller.stream.get_async(0.01)
+        assert (caller.aborts, caller.slots.in_use) == ([], 1)
+        caller.mailbox.put(token(1))
+        assert await caller.stream.get_async(0.0) is not None
+        reader = asyncio.create_task(caller.stream.get_async(60))
+        await asyncio.sleep(0)
+        caller.mailbox.put(token(2))
+        caller.mailbox.wake()
+        delta = await reader
+        assert delta is not None and delta.token_ids == [2]
+
+    asyncio.run(main())
+
+
+def test_who_closes_a_stream_may_say_why() -> None:
+    async def main() -> None:
+        caller = Caller()
+        reader = asyncio.create_task(caller.stream.get_async())
+        await asyncio.sleep(0)
+        caller.stream.close(ZeroDivisionError("too late"))
+        with pytest.raises(ZeroDivisionError, match="too late"):
+            await reader
+        assert (len(caller.aborts), caller.slots.in_use) == (1, 0)
+        caller.stream.close(ValueError("the first reason stays"))
+        with pytest.raises(ZeroDivisionError):
+            await caller.stream.get_async()
+        assert len(caller.aborts) == 1
+
+    asyncio.run(main())
+
+
 # --- on an engine -----------------------------------------------------------------------------------------------
 
 
