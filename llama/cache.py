@@ -22,8 +22,12 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class KVCache:
-    """k[layer], v[layer]: [num_blocks, block_size, n_kv_heads, head_dim]. Zero-filled; block 0 stays zero."""
+    """whole: [n_layers, 2, num_blocks, block_size, n_kv_heads, head_dim], zero-filled; block 0 stays zero.
 
+    k[layer], v[layer]: its parts, each [num_blocks, block_size, n_kv_heads, head_dim] and contiguous.
+    """
+
+    whole: Tensor
     k: list[Tensor]
     v: list[Tensor]
     block_size: int
@@ -32,9 +36,10 @@ class KVCache:
     def empty(
         cls, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        shape = (num_blocks, block_size, config.n_kv_heads, config.head_dim)
-        k, v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)] for _ in range(2))
-        return cls(k, v, block_size)
+        shape = (config.n_layers, 2, num_blocks, block_size, config.n_kv_heads, config.head_dim)
+        whole = torch.zeros(shape, dtype=dtype, device=device)
+        k, v = (list(half.unbind(0)) for half in whole.unbind(1))
+        return cls(whole, k, v, block_size)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ log = logging.getLogger("llama")
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "size_asserts": False,  # of what this file itself hands over; 4 us a layer
     "cpp.enable_floating_point_contract_flag": "fast",
+    # What guards check never changes here: one function, always the same kinds of arguments. Checking takes 10 us a layer.
+    "guard_filter_fn": lambda guards: [False] * len(guards),
 }
 # Inductor compiles sizes 0 and 1 as constants; with this many cached tokens all lengths share one function.
 _MIN_CACHED = 2
@@ -42,13 +44,13 @@ class CompiledRow:
         self._head = torch.compile(_apart(_head_of(model)), fullgraph=True, options=_OPTIONS)
         self._weights = [_weights(block) for block in model.blocks]
         self._lm_head = model.lm_head.one_row
-        self._k = [k.flatten(0, 1) for k in cache.k]
-        self._v = [v.flatten(0, 1) for v in cache.v]
-        blank = self._k[0].new_zeros((_MIN_CACHED + 1, *self._k[0].shape[1:]))
-        torch._dynamo.mark_dynamic(blank, 0)
+        self._rows = cache.whole.flatten(0, 1).flatten(1, 2)  # [2 * n_layers, tokens, n_kv_heads, head_dim], k then v
+        keys, values = self._rows.new_zeros((2, _MIN_CACHED + 1, *self._rows.shape[2:])).unbind(0)
+        torch._dynamo.mark_dynamic(keys, 0)
+        torch._dynamo.mark_dynamic(values, 0)
         x = model.embedding[0].float()
         cos, sin = model.cos_sin[0].chunk(2)
-        x = self._layer(x, self._weights[0], cos, sin, blank, blank)[0]
+        x = self._layer(x, self._weights[0], cos, sin, keys, values)[0]
         self._head(x, model.norm, self._lm_head)
 
     def serves(self, plan: Plan) -> bool:
@@ -63,21 +65,18 @@ class CompiledRow:
         at, table = plan.firsts[0], seq.block_table
         row = table[at // size] * size + at % size
         first, n_blocks = table[0], -(-at // size)
-        scattered = None
-        if table[:n_blocks] != list(range(first, first + n_blocks)):
-            rows = torch.tensor(table[:n_blocks])[:, None] * size + torch.arange(size)
-            scattered = rows.flatten()[:at]
-        start = first * size
+        if table[:n_blocks] == list(range(first, first + n_blocks)):
+            cached = self._rows[:, first * size : first * size + at].unbind(0)
+        else:
+            scattered = (torch.tensor(table[:n_blocks])[:, None] * size + torch.arange(size)).flatten()[:at]
+            cached = tuple(rows.index_select(0, scattered) for rows in self._rows)
         cos, sin = self.model.cos_sin[at].chunk(2)
         x = self.model.embedding[seq.token_ids[at]].float()
-        for weights, k_cache, v_cache in zip(self._weights, self._k, self._v, strict=True):
-            if scattered is None:
-                keys, values = k_cache[start : start + at], v_cache[start : start + at]
-            else:
-                keys, values = k_cache.index_select(0, scattered), v_cache.index_select(0, scattered)
+        new: list[Tensor] = []
+        for weights, keys, values in zip(self._weights, cached[::2], cached[1::2], strict=True):
             x, k, v, *_ = self._layer(x, weights, cos, sin, keys, values)
-            k_cache[row].copy_(k)
-            v_cache[row].copy_(v)
+            new += k, v
+        self._rows[:, row] = torch.stack(new)
         return self._head(x, self.model.norm, self._lm_head)[0]
 
 
