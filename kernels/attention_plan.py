@@ -47,8 +47,8 @@ class SequenceSpan:
 class Gather:
     """Some sequences with one query each, whose keys are gathered for one call.
 
-    rows: [n_seqs * longest] int64, flat cache rows, 0 past the end of a sequence. mask: [n_seqs, 1, 1, longest] fp32,
-    to be added to the scores.
+    rows: [n_seqs * n_kv_heads * longest] int64, rows of the cache as [.., head_dim]; past the end of a sequence, those
+    of the pad block's first token. mask: [n_seqs, 1, 1, longest] fp32, to be added to the scores.
     """
 
     seqs: slice
@@ -83,7 +83,7 @@ class CpuPlan:
         self._starts, self._lengths, self._tables = cu_seqlens_q, seqlens_k, block_tables
         self._block_size = block_size
         n_seqs = len(seqlens_k)
-        self._gathers: tuple[int, list[Gather]] | None = None
+        self._gathers: dict[tuple[int, int], list[Gather]] = {}
         self.all_decode = n_seqs > 1 and int(cu_seqlens_q[-1]) == n_seqs
 
     @cached_property
@@ -98,20 +98,22 @@ class CpuPlan:
                 made.append(_span(first, last - first, n_keys - (end - last), table, self._block_size))
         return made
 
-    def gathers(self, n_seqs: int) -> list[Gather]:
+    def gathers(self, n_seqs: int, n_kv_heads: int) -> list[Gather]:
         """For an all-decode batch: so many sequences at a time. Kept for the layers that ask for the same."""
-        if self._gathers is None or self._gathers[0] != n_seqs:
+        made = self._gathers.get((n_seqs, n_kv_heads))
+        if made is None:
             n = len(self._lengths)
-            parts = [self._gather(slice(first, min(first + n_seqs, n))) for first in range(0, n, n_seqs)]
-            self._gathers = (n_seqs, parts)
-        return self._gathers[1]
+            made = [self._gather(slice(i, min(i + n_seqs, n)), n_kv_heads) for i in range(0, n, n_seqs)]
+            self._gathers[n_seqs, n_kv_heads] = made
+        return made
 
-    def _gather(self, seqs: slice) -> Gather:
+    def _gather(self, seqs: slice, n_kv_heads: int) -> Gather:
         lengths, size = self._lengths[seqs], self._block_size
         at = np.arange(int(lengths.max()))
         visible = at[None, :] < lengths[:, None]
         # Row by row, not block by block: what lies past an end may be another sequence's NaN, and 0 * NaN is NaN.
-        rows = np.where(visible, self._tables[seqs, at // size].astype(np.int64) * size + at % size, 0)
+        tokens = np.where(visible, self._tables[seqs, at // size].astype(np.int64) * size + at % size, 0)
+        rows = tokens[:, None, :] * n_kv_heads + np.arange(n_kv_heads)[None, :, None]
         mask = np.where(visible, np.float32(0), np.float32(-np.inf))
         return Gather(seqs, torch.from_numpy(rows.reshape(-1)), torch.from_numpy(mask)[:, None, None, :])
 

@@ -25,7 +25,7 @@ log = logging.getLogger("llama")
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "size_asserts": False,  # of what this file itself hands over; 4 us a layer
     "cpp.enable_floating_point_contract_flag": "fast",
-    # What guards check never changes here: one function, always the same kinds of arguments. Checking takes 10 us a layer.
+    # What guards check never changes here: always the same kinds of arguments. Checking takes 10 us a layer.
     "guard_filter_fn": lambda guards: [False] * len(guards),
 }
 # Inductor compiles sizes 0 and 1 as constants; with this many cached tokens all lengths share one function.
