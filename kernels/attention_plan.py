@@ -99,11 +99,13 @@ class CpuPlan:
         return made
 
     def gathers(self, n_seqs: int, n_kv_heads: int) -> list[Gather]:
-        """For an all-decode batch: so many sequences at a time. Kept for the layers that ask for the same."""
+        """For an all-decode batch: at most so many sequences at a time, in parts of about one size. Kept for the layers
+        that ask for the same."""
         made = self._gathers.get((n_seqs, n_kv_heads))
         if made is None:
             n = len(self._lengths)
-            made = [self._gather(slice(i, min(i + n_seqs, n)), n_kv_heads) for i in range(0, n, n_seqs)]
+            size = -(-n // -(-n // n_seqs))
+            made = [self._gather(slice(i, min(i + size, n)), n_kv_heads) for i in range(0, n, size)]
             self._gathers[n_seqs, n_kv_heads] = made
         return made
 
