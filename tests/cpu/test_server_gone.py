@@ -579,7 +579,8 @@ def test_soak_of_stock_clients(crowded: tuple[api.AsyncClient, Serving]) -> None
         numbers = iter(range(count))
         await asyncio.gather(*[one_after_the_other(numbers) for _ in range(clients)])
 
-    before = resources()
+    eventually(lambda: not served.http.server_state.connections)
+    before_files, before_threads = resources()
     with listening() as log, scripted(client, lambda index, prompt: [300] * 230) as script:
         script.gate = lambda: (seen.append(in_use(client)), time.sleep(0.002))
         asyncio.run(all_of_them())
@@ -594,7 +595,9 @@ def test_soak_of_stock_clients(crowded: tuple[api.AsyncClient, Serving]) -> None
     assert served_well <= log.outcomes["ok"] <= served_well + ends["given up"]
     assert ends["400"] == log.outcomes["invalid"]
     assert max(seen) == 30
-    assert resources() == before
+    files, threads = resources()
+    assert files <= before_files  # fewer, when a connection of the test before was still closing
+    assert threads == before_threads
     warm = len(memory) // 5  # sixty clients have come up by then
     assert memory[-1] - memory[warm] < 16 << 20
     print(dict(ends), dict(log.outcomes), f"{memory[warm] >> 20} to {memory[-1] >> 20} MiB")
