@@ -58,9 +58,11 @@ class Generate:
         visit.model, visit.stream = call.served.name, call.arguments.stream
         with self._seat(visit, call.served):
             async with self._watched(visit, receive) as interrupt:
+                loop = asyncio.get_running_loop()
+                end = loop.time() + self.limits.request
                 running = await call.start_async()
                 visit.began(running.answer)
-                alarm = asyncio.get_running_loop().call_later(self.limits.request, running.stream.close, self._late())
+                alarm = loop.call_at(end, running.stream.close, self._late())
                 try:
                     if call.arguments.stream:
                         await self._stream(running, visit, Events(send, self.limits, interrupt))
@@ -178,7 +180,7 @@ class Events:
         quiet = self._limits.quiet
         while True:
             await asyncio.sleep(max(self.last + quiet - time.monotonic(), 0.01))
-            if time.monotonic() - self.last >= quiet and self._begun:
+            if time.monotonic() - self.last >= quiet and self._begun and self._writing_since is None:
                 await self._write(b": still here\n\n")
 
     async def _watch_writes(self) -> None:
@@ -190,7 +192,7 @@ class Events:
         self._interrupt(Stalled())
 
     async def _write(self, data: bytes, more: bool = True) -> None:
-        self._writing_since = time.monotonic()
+        self._writing_since = self._writing_since or time.monotonic()
         if not self._begun:
             self._begun = True
             await self._send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})

@@ -107,14 +107,15 @@ class Mailbox:
             self.wake()
 
     def abandon(self, error: BaseException | None = None) -> None:
-        """Any thread: nobody will read any more. The slot is free at once, the blocks after the current step.
+        """Any thread: the request is over for its reader. The slot is free at once, the blocks after the current step.
 
-        error: what a reader that waits now gets, if the request has not ended.
+        error: what the reader gets, unless it has seen the end or was to get another error.
         """
         with self._lock:
+            if self.unfinished or self.deltas:
+                self.error = self.error or error
             unfinished, self.unfinished = self.unfinished, 0
         if unfinished:
-            self.error = error
             self._abort(self)
         self._end()
         self.wake()
@@ -207,7 +208,7 @@ _BELLS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Bell] = weakref.We
 class Stream:
     """Iterate (`for` or `async for`) until every sequence of the request has finished.
 
-    Raises from the iterator what ended the request early: RequestFailed, EngineDead, EngineClosed.
+    Raises from the iterator what ended the request early: RequestFailed, EngineDead, EngineClosed, `close`'s error.
     One reader at a time; `close()` from any thread. Dropping the object is closing it, even if it was never started.
     """
 

@@ -82,6 +82,8 @@ def test_blocks_in_any_order_and_any_length() -> None:
     caches = [filled_cache(), filled_cache()]
     row = CompiledRow(model, caches[1])
     for n_tokens, table in ((3, [5]), (17, [9, 4]), (48, [7, 8, 9]), (40, [9, 3, 12]), (49, [3, 4, 5, 19])):
+        if n_tokens == 40:
+            torch.compiler.reset()  # as others may do; what is compiled then must not serve one length only
         plan = last_token([2 + i for i in range(n_tokens)], table)
         assert row.serves(plan)
         batch = Batch.from_plan(plan, [0], 16, torch.device("cpu"))

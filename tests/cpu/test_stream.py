@@ -257,6 +257,20 @@ def test_who_closes_a_stream_may_say_why() -> None:
     asyncio.run(main())
 
 
+def test_a_reader_that_has_not_seen_the_end_yet_hears_why_it_was_closed() -> None:
+    """Everything is computed, but the reader is late: what it lacks must not pass for a whole answer."""
+    caller = Caller()
+    caller.mailbox.put(token(1, FinishReason.LENGTH))
+    caller.stream.close(ZeroDivisionError("too late"))
+    with pytest.raises(ZeroDivisionError):
+        caller.stream.get()
+    read = Caller()
+    read.mailbox.put(token(1, FinishReason.LENGTH))
+    assert read.stream.get() is not None
+    read.stream.close(ZeroDivisionError("too late"))
+    assert read.stream.get() is None
+
+
 # --- on an engine -----------------------------------------------------------------------------------------------
 
 
