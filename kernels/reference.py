@@ -96,7 +96,8 @@ def paged_attention(
         return _attend_tiles(q, k_cache, v_cache, plan.cpu.tiles, scale)
     row_bytes = k_cache.shape[2] * k_cache.shape[3] * k_cache.element_size()
     n_gathered = _GATHER_BYTES // (plan.max_seqlen_k * row_bytes)
-    if plan.cpu.all_decode and n_gathered >= _GATHER_SEQS:
+    # On the CPU the cache is fp32; batched matmuls would round the scores of 16-bit keys, which the oracle must not.
+    if plan.cpu.all_decode and n_gathered >= _GATHER_SEQS and k_cache.dtype == torch.float32:
         parts = plan.cpu.gathers(n_gathered, k_cache.shape[2])
         made = [_attend_gathered(q[part.seqs], k_cache, v_cache, part.rows, part.mask, scale) for part in parts]
         return made[0] if len(made) == 1 else torch.cat(made)
