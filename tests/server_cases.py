@@ -29,6 +29,11 @@ class Serving:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    def at_rest(self) -> bool:
+        """No connection is open, and every request is done and logged: its line comes after the client's answer."""
+        state = self.http.server_state
+        return not state.connections and not state.tasks
+
 
 @contextmanager
 def serving(client: api.AsyncClient | None, **options: Any) -> Iterator[Serving]:

@@ -274,6 +274,6 @@ def test_half_open_sockets_harm_nobody(served: Serving, canary: Any) -> None:
     for number, raw in enumerate(half_open):
         raw.send(post(COMPLETIONS, json.dumps(CANARY).encode())[: number % 40])
     assert median() < 3 * alone + 0.05
-    eventually(lambda: not served.http.server_state.connections)
+    eventually(served.at_rest)
     for raw in half_open:
         raw.close()

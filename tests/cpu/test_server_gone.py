@@ -57,6 +57,7 @@ def nothing_left_behind(client: api.AsyncClient, served: Serving) -> Iterator[No
     yield
     eventually(lambda: served.server.active == 0 and idle(client))
     assert ask(served.port, post(COMPLETIONS, SHORT)).status == 200
+    eventually(served.at_rest)
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_a_client_that_goes_is_noticed(
 def test_many_that_go_leave_nothing(client: api.AsyncClient, served: Serving, slow: Script) -> None:
     """Disconnects at all stages, all ways, several at a time, beside a client that stays."""
     rng, count = random.Random(7), 1000 if LONG_FORM else 120
-    eventually(lambda: not served.http.server_state.connections)
+    eventually(served.at_rest)
     before = resources()
 
     def leave(_: int) -> None:
@@ -151,8 +152,8 @@ def test_many_that_go_leave_nothing(client: api.AsyncClient, served: Serving, sl
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(leave, range(count)))
-    eventually(lambda: served.server.active == 0 and idle(client))
-    eventually(lambda: not served.http.server_state.connections)
+    eventually(lambda: idle(client))
+    eventually(served.at_rest)
     assert resources() == before
 
 
@@ -169,20 +170,21 @@ def workers() -> set[str]:
 def test_a_reader_that_does_not_read_is_cut_off(client: api.AsyncClient, served: Serving) -> None:
     """Five of them, far more text than the sockets hold, and a good client beside them."""
     body = LONG | {"stream": True, "n": 8, "logprobs": 5, "return_token_ids": True, "max_tokens": 230}
-    stuck = []
-    with listening() as log, scripted(client, lambda index, prompt: [300] * 230) as script:
+    with (
+        ExitStack() as stuck,
+        listening() as log,
+        scripted(client, lambda index, prompt: [300] * 230) as script,
+    ):
         script.gate = lambda: time.sleep(0.005)  # many small writes: one large one would be out of the server's hands
         for _ in range(SLOTS - 1):
-            raw = Raw(served.port)
+            raw = stuck.enter_context(Raw(served.port))
             raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            stuck.append(raw.send(post(COMPLETIONS, body)))
+            raw.send(post(COMPLETIONS, body))
         for _ in range(5):
             assert ask(served.port, post(COMPLETIONS, SHORT)).status == 200
-        eventually(lambda: served.server.active == 0 and idle(client))
-        eventually(lambda: not served.http.server_state.connections)
-    assert log.outcomes == {"ok": 5, "stalled": SLOTS - 1}
-    for raw in stuck:
-        raw.close()
+        eventually(lambda: idle(client))
+        eventually(served.at_rest)
+        assert log.outcomes == {"ok": 5, "stalled": SLOTS - 1}
 
 
 # --- slots -------------------------------------------------------------------------------------------------------
@@ -498,7 +500,7 @@ def test_soak(client: api.AsyncClient, served: Serving) -> None:
     """
     rng, count = random.Random(11), 20_000 if LONG_FORM else 400
     ends: Counter[str] = Counter()
-    eventually(lambda: not served.http.server_state.connections)
+    eventually(served.at_rest)
     before = resources()
     memory: list[int] = []
     took: list[float] = []
@@ -529,8 +531,8 @@ def test_soak(client: api.AsyncClient, served: Serving) -> None:
 
     with listening() as log, ThreadPoolExecutor(SLOTS) as pool:
         list(pool.map(one, range(count)))
-        eventually(lambda: served.server.active == 0 and idle(client))
-    eventually(lambda: not served.http.server_state.connections)
+        eventually(lambda: idle(client))
+        eventually(served.at_rest)
     assert sum(ends.values()) == count
     assert count - ends["given up"] <= len(log.ids) == log.lines <= count
     assert set(log.outcomes) <= {"ok", "invalid", "refused", "gone"}
@@ -580,13 +582,13 @@ def test_soak_of_stock_clients(crowded: tuple[api.AsyncClient, Serving]) -> None
         numbers = iter(range(count))
         await asyncio.gather(*[one_after_the_other(numbers) for _ in range(clients)])
 
-    eventually(lambda: not served.http.server_state.connections)
+    eventually(served.at_rest)
     before_files, before_threads = resources()
     with listening() as log, scripted(client, lambda index, prompt: [300] * 230) as script:
         script.gate = lambda: (seen.append(in_use(client)), time.sleep(0.002))
         asyncio.run(all_of_them())
-        eventually(lambda: served.server.active == 0 and idle(client))
-    eventually(lambda: not served.http.server_state.connections)
+        eventually(lambda: idle(client))
+        eventually(served.at_rest)
     assert sum(ends.values()) == count
     assert set(ends) <= {"stop", "length", "given up", "400", "429"}
     assert ends["429"] <= count // 100
