@@ -1,8 +1,8 @@
-"""`CompiledRow`: decode steps of one sequence on the CPU, with each layer compiled into one function.
+"""`CompiledRow`: decode steps of one sequence on the CPU, with a few layers at a time compiled into one function.
 
 With one row, a step is the weights' way through memory, and operators cost as much again: their calls, their
 temporaries, and oneDNN's multiply, which reads a matrix at half of what memory gives. torch.compile (Inductor) makes
-one C++ function of a whole layer, whose loops read each weight once. Activations stay fp32 in it, so 16-bit models are
+one C++ function of several layers, whose loops read each weight once. Activations stay fp32 in it, so 16-bit models are
 rounded less than by the plain path; the same tokens in fp32, near ties aside.
 """
 
@@ -37,8 +37,8 @@ _MIN_CACHED = 2
 # megabyte. With 4 instead of 1 a step of 110M takes 3 to 5 per cent less, and compiling 3 seconds more.
 _AT_ONCE = (4, 3, 2, 1)
 
-# (x, weights of each layer, cos, sin, keys and values of each) -> x, the new token's, and what is returned to be stored
-Layers = Callable[[Tensor, list[list[Tensor]], Tensor, Tensor, list[Tensor]], tuple[Tensor, ...]]
+# (x, weights of each layer, cos_sin, keys and values of each) -> x, the new token's, and what is returned to be stored
+Layers = Callable[[Tensor, list[list[Tensor]], Tensor, list[Tensor]], tuple[Tensor, ...]]
 
 
 class CompiledRow:
@@ -57,8 +57,7 @@ class CompiledRow:
         for keys_or_values in cached:
             torch._dynamo.mark_dynamic(keys_or_values, 0)
         x = model.embedding[0].float()
-        cos, sin = model.cos_sin[0].chunk(2)
-        x = self._layers(x, self._weights[0], cos, sin, cached)[0]
+        x = self._layers(x, self._weights[0], model.cos_sin[0], cached)[0]
         self._head(x, model.norm, self._lm_head)
 
     def serves(self, plan: Plan) -> bool:
@@ -78,11 +77,11 @@ class CompiledRow:
         else:
             scattered = (torch.tensor(table[:n_blocks])[:, None] * size + torch.arange(size)).flatten()[:at]
             cached = (rows.index_select(0, scattered) for rows in self._rows)  # copies of one call at a time
-        cos, sin = self.model.cos_sin[at].chunk(2)
+        cos_sin = self.model.cos_sin[at]
         x = self.model.embedding[seq.token_ids[at]].float()
         new: list[Tensor] = []
         for weights in self._weights:
-            x, made, *_ = self._layers(x, weights, cos, sin, list(islice(cached, 2 * len(weights))))
+            x, made, *_ = self._layers(x, weights, cos_sin, list(islice(cached, 2 * len(weights))))
             new.append(made)
         self._rows[:, row] = torch.cat(new)
         return self._head(x, self.model.norm, self._lm_head)[0]
@@ -111,7 +110,7 @@ def _weights(block: Block) -> list[Tensor]:
 
 
 def _layers_of(model: Transformer) -> Layers:
-    """Some layers on one row. x: [dim] fp32. cos, sin: [head_dim / 2]. cached: keys, then values, of each layer, [n,
+    """Some layers on one row. x: [dim] fp32. cos_sin: [head_dim]. cached: keys, then values, of each layer, [n,
     n_kv_heads, head_dim] fp32, of the tokens before. Returns x, the same of the new token, [2 * layers, n_kv_heads,
     head_dim], and what several loops read: Inductor stores what it returns, and would compute the rest anew for every
     row of a weight.
@@ -149,9 +148,8 @@ def _layers_of(model: Transformer) -> Layers:
         act = gate / (1 + torch.exp(-gate)) * up
         return x + _multiply(down_proj, act), k, v, h, q, part, attended, h2, act
 
-    def layers(
-        x: Tensor, weights: list[list[Tensor]], cos: Tensor, sin: Tensor, cached: list[Tensor]
-    ) -> tuple[Tensor, ...]:
+    def layers(x: Tensor, weights: list[list[Tensor]], cos_sin: Tensor, cached: list[Tensor]) -> tuple[Tensor, ...]:
+        cos, sin = cos_sin.chunk(2)
         new: list[Tensor] = []
         stored: list[Tensor] = []
         for i, own in enumerate(weights):
