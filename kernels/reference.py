@@ -19,13 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention_plan import TILE_KEYS, TILE_ROWS, AttentionPlan, QueryTiles, SequenceSpan
+from kernels.attention_plan import TILE_KEYS, TILE_ROWS, AttentionPlan, Gather, QueryTiles, SequenceSpan
 from kernels.linear_weight import LinearWeight
-
-# Gathering the keys of several decoding sequences, for two batched matmuls, beats a call for each while the copies stay
-# in the cores' caches: of 128 keys with 12 heads of 64, 8 sequences took 398 us one by one and 178 us gathered.
-_GATHER_BYTES = 4 << 20
-_GATHER_SEQS = 4  # with fewer in a part it is a call for each
 
 
 def rms_norm(
@@ -95,31 +90,31 @@ def paged_attention(
         raise ValueError("plan: made for a CUDA kernel, but the tensors are on the CPU")
     if batch_invariant:
         return _attend_tiles(q, k_cache, v_cache, plan.cpu.tiles, scale)
-    row_bytes = k_cache.shape[2] * k_cache.shape[3] * k_cache.element_size()
-    n_gathered = _GATHER_BYTES // (plan.max_seqlen_k * row_bytes)
     # On the CPU the cache is fp32; batched matmuls would round the scores of 16-bit keys, which the oracle must not.
-    if plan.cpu.all_decode and n_gathered >= _GATHER_SEQS and k_cache.dtype == torch.float32:
-        parts = plan.cpu.gathers(n_gathered, k_cache.shape[2])
-        made = [_attend_gathered(q[part.seqs], k_cache, v_cache, part.rows, part.mask, scale) for part in parts]
-        return made[0] if len(made) == 1 else torch.cat(made)
-    if len(plan.cpu.spans) == 1:
-        return _attend_span(q, k_cache, v_cache, plan.cpu.spans[0], scale)
+    key_bytes = k_cache[0, 0].numel() * k_cache.element_size() if k_cache.dtype == torch.float32 else 0
+    work = plan.cpu.work(k_cache.shape[2], key_bytes)
+    if work.in_order:
+        return _attend_gathered(q, k_cache, v_cache, work.gathers[0], scale)
+    if len(work.spans) == 1 and not work.gathers:
+        return _attend_span(q, k_cache, v_cache, work.spans[0], scale)
     out = torch.empty_like(q)
-    for span in plan.cpu.spans:
+    for part in work.gathers:
+        out.index_copy_(0, part.at, _attend_gathered(q.index_select(0, part.at), k_cache, v_cache, part, scale))
+    for span in work.spans:
         rows = slice(span.row, span.row + span.n_queries)
         out[rows] = _attend_span(q[rows], k_cache, v_cache, span, scale)
     return out
 
 
-def _attend_gathered(q: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor, mask: Tensor, scale: float) -> Tensor:
+def _attend_gathered(q: Tensor, k_cache: Tensor, v_cache: Tensor, part: Gather, scale: float) -> Tensor:
     """One query per sequence, and the heads of a group in the place of queries. The keys of each head come to lie
     together, so that all heads of all sequences are one batch of matrices: scaled_dot_product_attention calls a matmul
     of its own for each, which is most of its time when they are small."""
     n, n_heads, head_dim = q.shape
-    n_kv_heads, longest = k_cache.shape[2], mask.shape[-1]
-    k, v = (c.view(-1, head_dim).index_select(0, rows).view(-1, longest, head_dim) for c in (k_cache, v_cache))
+    n_kv_heads, longest = k_cache.shape[2], part.mask.shape[-1]
+    k, v = (c.view(-1, head_dim).index_select(0, part.rows).view(-1, longest, head_dim) for c in (k_cache, v_cache))
     scores = torch.bmm(q.reshape(n * n_kv_heads, -1, head_dim), k.transpose(1, 2)).view(n, n_kv_heads, -1, longest)
-    weights = torch.softmax(torch.add(mask, scores, alpha=scale), -1)
+    weights = torch.softmax(torch.add(part.mask, scores, alpha=scale), -1)
     return torch.bmm(weights.view(n * n_kv_heads, -1, longest), v).view(n, n_heads, head_dim)
 
 

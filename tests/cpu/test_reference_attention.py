@@ -34,6 +34,28 @@ def formula(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     ],
 )
 def test_prompts_in_parts(queries_keys: list[tuple[int, int]], side_by_side: bool) -> None:
+    check(queries_keys, side_by_side)
+
+
+@pytest.mark.parametrize("gathered", [0, 1 << 13, 1 << 14, 1 << 20])  # bytes: none, the shortest, in parts, all at once
+@pytest.mark.parametrize(
+    "queries_keys",
+    [
+        [(1, 30), (1, 2), (1, 17)],
+        [(1, 64), (40, 60), (1, 1), (1, 33), (1, 300), (3, 3), (1, 16), (1, 90)],
+        [(1, n) for n in range(1, 20)],
+    ],
+)
+def test_decoding_sequences(
+    queries_keys: list[tuple[int, int]], gathered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone and beside prompts, some too long to be gathered with the others."""
+    monkeypatch.setattr("kernels.attention_plan._GATHER_BYTES", gathered)
+    check(queries_keys, side_by_side=False)
+
+
+def check(queries_keys: list[tuple[int, int]], side_by_side: bool) -> None:
+    """Sequences of so many queries and keys, in one call, beside the formula."""
     dice = np.random.default_rng(5)
     torch.manual_seed(5)
     widths = [-(-n_keys // BLOCK) for _, n_keys in queries_keys]
