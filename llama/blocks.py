@@ -2,7 +2,7 @@
 
 Every block is in one of three states:
 - held: ref count >= 1, in that many block tables;
-- idle: no owner, but its tokens are known and a prompt with the same start may still find it; oldest goes first;
+- idle: no owner, but its tokens are known and a prompt with the same start may still find it; the oldest go first;
 - blank: no owner, content unknown.
 Block 0 is the pad block: padded rows point at it, nobody is ever given it, and it stays zero.
 """
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 PAD_BLOCK = 0
+# Of the idle blocks one in so many, the oldest, are given up in the order that puts them side by side.
+_OLD = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,8 @@ class BlockPool:
         self._blank = dict.fromkeys(range(num_blocks - 1, PAD_BLOCK, -1))  # taken from the end: low numbers first
         # 1: blank, and not kept for the growth of the owner of the blocks before it. A hint for placing, no more.
         self._open = bytearray(b"\0" + b"\1" * (num_blocks - 1))
-        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._idle: dict[int, int] = {}  # oldest first; block -> its number among all that ever became idle
+        self._n_idled = 0
         self._cached: dict[int, CachedBlock] = {}
         self._by_key: dict[bytes, int] = {}
 
@@ -62,25 +65,47 @@ class BlockPool:
     def allocate(self, after: int = PAD_BLOCK, room: int = 1) -> int:
         """A block for a new owner. Blocks side by side can be read without a copy, so it is placed with care:
 
-        behind `after`, the owner's last block, if that one is blank; else at the start of `room` blank ones, as many as
-        the owner may come to need, which others leave alone while there are more; else anywhere.
-        The caller makes sure that n_free is not 0. An idle block taken is forgotten by the prefix cache.
+        behind `after`, the owner's last block, if that one is blank or old; else at the start of `room` blank ones, as
+        many as the owner may come to need, which others leave alone while there are more; else at the start of old
+        ones, which become blank and are kept for it alike; else anywhere.
+        The caller makes sure that n_free is not 0. The prefix cache forgets old blocks that were taken.
         """
-        if self._blank:
-            block = after + 1
-            if after == PAD_BLOCK or block not in self._blank:
-                block = self._open.find(b"\1" * room)
-                if block > PAD_BLOCK:
-                    self._open[block : block + room] = bytes(room)
-                else:
-                    block = next(reversed(self._blank))
-            del self._blank[block]
-            self._open[block] = 0
-        else:
-            block, _ = self._idle.popitem(last=False)
-            del self._by_key[self._cached.pop(block).key]
+        block = self._place(after, room)
+        if block in self._idle:
+            self._forget(block)
+        del self._blank[block]
+        self._open[block] = 0
         self._refs[block] = 1
         return block
+
+    def _place(self, after: int, room: int) -> int:
+        if after != PAD_BLOCK and (after + 1 in self._blank or self._is_old(after + 1)):
+            return after + 1
+        block = self._open.find(b"\1" * room)
+        if block > PAD_BLOCK:
+            self._open[block : block + room] = bytes(room)
+            return block
+        if room <= len(self._idle) // _OLD:
+            # An owner's blocks became idle from its last one down.
+            last = first = next(iter(self._idle))
+            while first > last - room + 1 and (self._open[first - 1] or self._is_old(first - 1)):
+                first -= 1
+            for block in range(first, last + 1):
+                if block in self._idle:
+                    self._forget(block)
+                self._open[block] = 0
+            return first
+        return next(reversed(self._blank)) if self._blank else next(iter(self._idle))
+
+    def _forget(self, block: int) -> None:
+        """An idle block becomes blank."""
+        del self._idle[block]
+        del self._by_key[self._cached.pop(block).key]
+        self._blank[block] = None
+
+    def _is_old(self, block: int) -> bool:
+        number = self._idle.get(block)
+        return number is not None and number < self._idle[next(iter(self._idle))] + len(self._idle) // _OLD
 
     def release(self, table: Iterable[int]) -> None:
         """Give back one owner's hold on each block of a table, the last block first, so that it is evicted first."""
@@ -91,7 +116,8 @@ class BlockPool:
             if self._refs[block]:
                 continue
             if block in self._cached:
-                self._idle[block] = None
+                self._idle[block] = self._n_idled
+                self._n_idled += 1
             else:
                 self._blank[block] = None
                 self._open[block] = 1

@@ -14,7 +14,7 @@ import llama.blocks
 from llama.blocks import PAD_BLOCK, BlockPool, block_key, root_key
 
 SIZE = 2
-NUM_BLOCKS = 8
+NUM_BLOCKS = 20
 Path = tuple[str, *tuple[tuple[int, ...], ...]]  # salt, then the tokens of each block up to and with this one
 
 salts = st.sampled_from(["", "key-1"])
@@ -52,14 +52,19 @@ class PoolMachine(RuleBasedStateMachine):
     def allocate(self, data: st.DataObject) -> None:
         owner = data.draw(st.sampled_from(self.owners))
         after = owner.table[-1] if owner.table else PAD_BLOCK
-        block = self.pool.allocate(after)
-        if self.blank:
-            if after != PAD_BLOCK and after + 1 in self.blank:
-                assert block == after + 1, "the neighbour was blank"
-            self.blank.remove(block)
-        else:
-            assert block == self.idle.pop(0), "the oldest goes first"
-            del self.block_at[self.path_of.pop(block)]
+        room = data.draw(st.integers(1, 3))
+        block = self.pool.allocate(after, room)
+        if after != PAD_BLOCK and after + 1 in self.blank:
+            assert block == after + 1, "the neighbour was blank"
+        forgotten = [idle for idle in self.idle if idle not in self.pool._idle]
+        old = len(self.idle) // 8
+        assert not forgotten or old or not self.blank, "few are idle: none is given up while others are blank"
+        assert set(forgotten) <= set(self.idle[: max(old, 1)]), "the oldest go first"
+        for idle in forgotten:
+            self.idle.remove(idle)
+            self.blank.add(idle)
+            del self.block_at[self.path_of.pop(idle)]
+        self.blank.remove(block)
         owner.table.append(block)
 
     @precondition(lambda self: any(len(o.table) >= len(o.path) for o in self.owners))
@@ -188,6 +193,22 @@ def test_the_end_of_a_prefix_is_evicted_before_its_start() -> None:
     pool.release(table)
     assert [pool.allocate(), pool.allocate()] == [third, second]
     assert pool.find([1, 2, 3, 4, 5, 6], root_key(""))[0] == [first]
+
+
+def test_old_blocks_are_given_up_side_by_side() -> None:
+    """In a pool whose every block has been used, prompts with room to grow lie in one piece, each while it grows."""
+    pool, others = BlockPool(281, 2), iter(range(10**6))
+    for _ in range(30):  # 9 blocks of each become idle; the tenth is the next one's first
+        pool.release(publish_prompt(pool, [next(others) for _ in range(19)]))
+    kept = [next(others) for _ in range(19)]
+    pool.release(publish_prompt(pool, kept))
+    tables: list[list[int]] = [[] for _ in range(8)]
+    for _ in range(3):
+        for table in tables:
+            table.append(pool.allocate(table[-1] if table else PAD_BLOCK, 3 - len(table)))
+    assert all(table == list(range(table[0], table[0] + 3)) for table in tables), tables
+    pool.check(tables)
+    assert len(pool.find(kept, root_key(""))[0]) == 9, "the newest prefix is still there"
 
 
 def test_without_a_prefix_cache_nothing_is_found() -> None:
