@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import mmap
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,17 +13,24 @@ _PAGE = 1 << 21  # bytes of a large page on x86 and on most arm64 systems
 
 
 def on_large_pages(tensor: Tensor) -> Tensor:
-    """A CPU tensor, contiguous, in memory that the system may back by pages of 2 MiB (Linux: transparent huge pages).
+    """A CPU tensor, contiguous, on large pages: one-row decode steps took 3 to 5 % less with weights there."""
+    return zeros_on_large_pages(tensor.shape, tensor.dtype).copy_(tensor)
 
-    The processor then looks up an address once where it did 512 times: one-row decode steps took 3 to 5 % less. Where
-    the system offers none, or for less than a page, it is `tensor.contiguous()`.
+
+def zeros_on_large_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU, in memory that the system may back by pages of 2 MiB (Linux: transparent huge pages).
+
+    The processor then looks up an address once where it did 512 times. Where the system offers none, or for less than a
+    page, they are `torch.zeros`.
     """
-    if tensor.nbytes < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return tensor.contiguous()
-    memory = mmap.mmap(-1, -(-tensor.nbytes // _PAGE) * _PAGE)
+    count = math.prod(shape)
+    n_bytes = count * dtype.itemsize
+    if n_bytes < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype)
     try:
+        memory = mmap.mmap(-1, -(-n_bytes // _PAGE) * _PAGE)
         memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel built without them
-        return tensor.contiguous()
+        return torch.zeros(shape, dtype=dtype)
     # The tensor keeps the mapping alive, and gives it back with itself.
-    return torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape).copy_(tensor)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kernels.linear_weight import pair_columns
-from kernels.pages import on_large_pages
+from kernels.pages import on_large_pages, zeros_on_large_pages
 from llama.batch import Batch
 from llama.cache import KVCache, plan_memory
 from llama.compiled import CompiledRow
@@ -141,6 +141,14 @@ def test_large_pages_hold_what_was_copied(shape: tuple[int, int]) -> None:
     copy = on_large_pages(tensor.t())
     assert copy.is_contiguous() and torch.equal(copy, tensor.t())
     assert copy.data_ptr() != tensor.data_ptr()
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 0, 4), (3, 1024, 1024)])
+def test_zeros_on_large_pages(shape: tuple[int, ...]) -> None:
+    zeros = zeros_on_large_pages(shape, torch.bfloat16)
+    assert torch.equal(zeros, torch.zeros(shape, dtype=torch.bfloat16))
+    zeros += 1  # they can be written
+    assert zeros.is_contiguous() and bool((zeros == 1).all())
 
 
 def test_bf16_weights_are_rounded_no_more_than_on_the_plain_path() -> None:
