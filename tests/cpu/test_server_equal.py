@@ -163,8 +163,16 @@ def folded(chunks: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "first": {name: value for name, value in plain(chunks[0]).items() if name != "choices"},
         "last": {name: value for name, value in plain(chunks[-1]).items() if name != "choices"},
-        "choices": {index: [joined(parts), parts[0], parts[-1]] for index, parts in sorted(choices.items())},
+        "choices": {index: [joined(parts), *ends(parts)] for index, parts in sorted(choices.items())},
     }
+
+
+def ends(parts: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first and the last part, which may be one and the same; only the last says why it ended."""
+    assert not any(part["finish_reason"] for part in parts[:-1])
+    blank = dict.fromkeys(("text", "token_ids", "logprobs", "finish_reason"))
+    first, last = ({name: blank.get(name, value) for name, value in part.items()} for part in (parts[0], parts[-1]))
+    return first, last | {"finish_reason": parts[-1]["finish_reason"]}
 
 
 def joined(parts: list[Any]) -> Any:
@@ -174,8 +182,6 @@ def joined(parts: list[Any]) -> Any:
     for part in parts:
         for name, values in (part["logprobs"] or {}).items():
             logprobs.setdefault(name, []).extend(values or [])
-    for part in (parts[0], parts[-1]):
-        part.update({name: None for name in ("text", "token_ids", "logprobs") if name in part})
     return text, ids, logprobs
 
 
