@@ -153,6 +153,10 @@ def outcome_in_process(client: api.Client, kind: str, fields: dict[str, Any]) ->
         return {"status": error.status_code, "error": error.body}
 
 
+# What only the first chunk of a stream has, and the first part of a choice.
+OPENING = ("ignored_parameters", "prompt_token_ids")
+
+
 def folded(chunks: list[dict[str, Any]]) -> dict[str, Any]:
     """The chunks of a stream as one: where one ends and the next begins depends on the reader's pace."""
     assert len({chunk["id"] for chunk in chunks}) == 1
@@ -162,17 +166,18 @@ def folded(chunks: list[dict[str, Any]]) -> dict[str, Any]:
             choices.setdefault(choice["index"], []).append(choice)
     return {
         "first": {name: value for name, value in plain(chunks[0]).items() if name != "choices"},
-        "last": {name: value for name, value in plain(chunks[-1]).items() if name != "choices"},
+        "last": {name: value for name, value in plain(chunks[-1]).items() if name not in ("choices", *OPENING)},
         "choices": {index: [joined(parts), *ends(parts)] for index, parts in sorted(choices.items())},
     }
 
 
 def ends(parts: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first and the last part, which may be one and the same; only the last says why it ended."""
+    """The first and the last part, which may be one and the same, without what the other one has then as well."""
     assert not any(part["finish_reason"] for part in parts[:-1])
-    blank = dict.fromkeys(("text", "token_ids", "logprobs", "finish_reason"))
-    first, last = ({name: blank.get(name, value) for name, value in part.items()} for part in (parts[0], parts[-1]))
-    return first, last | {"finish_reason": parts[-1]["finish_reason"]}
+    blank = dict.fromkeys(("text", "token_ids", "logprobs"))
+    first = {name: blank.get(name, value) for name, value in parts[0].items() if name != "finish_reason"}
+    last = {name: blank.get(name, value) for name, value in parts[-1].items() if name not in OPENING}
+    return first, last
 
 
 def joined(parts: list[Any]) -> Any:
