@@ -30,7 +30,7 @@ _PART_QUERIES = 128
 # Gathering the keys of several decoding sequences, for two batched matmuls, beats a call for each while the copies stay
 # in the cores' caches: of 128 keys with 12 heads of 64, 8 sequences took 398 us one by one and 178 us gathered.
 _GATHER_BYTES = 4 << 20
-_LEAST_GATHERED = 4  # where fewer sequences of a length fit, it is a call for each
+_LEAST_GATHERED = 4  # a sequence of which not so many would fit is not gathered
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 PAD_BLOCK = 0
-# Of the idle blocks one in so many, the oldest, are given up in the order that puts them side by side.
+# The oldest 1 / _OLD of the idle blocks may be given up out of turn, though others are blank: for room side by side.
 _OLD = 8
 
 
@@ -46,7 +46,8 @@ class BlockPool:
         self._blank = dict.fromkeys(range(num_blocks - 1, PAD_BLOCK, -1))  # taken from the end: low numbers first
         # 1: blank, and not kept for the growth of the owner of the blocks before it. A hint for placing, no more.
         self._open = bytearray(b"\0" + b"\1" * (num_blocks - 1))
-        self._idle: dict[int, int] = {}  # oldest first; block -> its number among all that ever became idle
+        # Block -> its number among all that became idle, oldest first. A plain dict would be slow to find its first.
+        self._idle: OrderedDict[int, int] = OrderedDict()
         self._n_idled = 0
         self._cached: dict[int, CachedBlock] = {}
         self._by_key: dict[bytes, int] = {}
@@ -67,7 +68,7 @@ class BlockPool:
 
         behind `after`, the owner's last block, if that one is blank or old; else at the start of `room` blank ones, as
         many as the owner may come to need, which others leave alone while there are more; else at the start of old
-        ones, which become blank and are kept for it alike; else anywhere.
+        ones, which become blank and are kept for it alike, though single blank ones be left; else anywhere.
         The caller makes sure that n_free is not 0. The prefix cache forgets old blocks that were taken.
         """
         block = self._place(after, room)
@@ -85,7 +86,7 @@ class BlockPool:
         if block > PAD_BLOCK:
             self._open[block : block + room] = bytes(room)
             return block
-        if room <= len(self._idle) // _OLD:
+        if 0 < room <= len(self._idle) // _OLD:
             # An owner's blocks became idle from its last one down.
             last = first = next(iter(self._idle))
             while first > last - room + 1 and (self._open[first - 1] or self._is_old(first - 1)):

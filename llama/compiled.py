@@ -24,10 +24,10 @@ from llama.scheduler import Plan
 log = logging.getLogger("llama")
 
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
-    "size_asserts": False,  # of what this file itself hands over; 4 us a layer
+    "size_asserts": False,  # of what this file itself hands over; 4 us a call
     "cpp.enable_floating_point_contract_flag": "fast",
     # Of what guards check only the number of cached tokens ever changes, for all tensors of a call alike; checking the
-    # rest takes 10 us a layer.
+    # rest took 10 us when a call was one layer.
     "guard_filter_fn": lambda guards: ["cached" in guard.name and guard.name.endswith("[0]") for guard in guards],
 }
 # Inductor compiles sizes 0 and 1 as constants; with this many cached tokens all lengths share one function.
@@ -42,7 +42,11 @@ Layers = Callable[[Tensor, list[list[Tensor]], Tensor, list[Tensor]], tuple[Tens
 
 
 class CompiledRow:
-    """model: with the rows of its weights (`keep_rows`). Constructing it compiles, for some seconds to a minute."""
+    """model: with the rows of its weights (`keep_rows`). Constructing it compiles, for some seconds to a minute.
+
+    All of it under torch.inference_mode, the making of the cache as well: for tensors of another kind, or views of
+    them, torch.compile would compile once more, and the first request would wait for that.
+    """
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
@@ -56,7 +60,7 @@ class CompiledRow:
         cached = list(self._rows.new_zeros((2 * n, _MIN_CACHED + 1, *self._rows.shape[2:])).unbind(0))
         for keys_or_values in cached:
             torch._dynamo.mark_dynamic(keys_or_values, 0)
-        x = model.embedding[0].float()
+        x = model.embedding[0].to(torch.float32, copy=True)
         x = self._layers(x, self._weights[0], model.cos_sin[0], cached)[0]
         self._head(x, model.norm, self._lm_head)
 
@@ -78,7 +82,7 @@ class CompiledRow:
             scattered = (torch.tensor(table[:n_blocks])[:, None] * size + torch.arange(size)).flatten()[:at]
             cached = (rows.index_select(0, scattered) for rows in self._rows)  # copies of one call at a time
         cos_sin = self.model.cos_sin[at]
-        x = self.model.embedding[seq.token_ids[at]].float()
+        x = self.model.embedding[seq.token_ids[at]].to(torch.float32, copy=True)  # a view would be compiled for anew
         new: list[Tensor] = []
         for weights in self._weights:
             x, made, *_ = self._layers(x, weights, cos_sin, list(islice(cached, 2 * len(weights))))
@@ -153,10 +157,11 @@ def _layers_of(model: Transformer) -> Layers:
         new: list[Tensor] = []
         stored: list[Tensor] = []
         for i, own in enumerate(weights):
+            stored.append(x)
             x, k, v, *more = layer(x, own, cos, sin, cached[2 * i], cached[2 * i + 1])
             new += k, v
-            stored += x, *more
-        return x, torch.stack(new), *stored
+            stored += more
+        return x, torch.stack(new), *stored[1:]
 
     return layers
 

@@ -86,7 +86,8 @@ def build_runner(setup: Setup, progress: bool) -> Runner:
     model = Transformer(config, parameters, setup.max_seq_len, setup.batch_invariant, keep_rows=setup.config.compile)
     plan = setup.memory_plan
     cache_dtype = kernels.cache_dtype(dtype, device)
-    cache = KVCache.empty(config, plan.num_blocks, plan.block_size, cache_dtype, device)
+    with torch.inference_mode():  # views of it are then tensors like any other to torch.compile
+        cache = KVCache.empty(config, plan.num_blocks, plan.block_size, cache_dtype, device)
     graphs = None
     if device.type == "cuda" and setup.config.cuda_graphs:
         graphs = DecodeGraphs(model, cache, device, setup.max_seq_len, setup.config.max_batch_seqs, capture_cuda())

@@ -8,13 +8,13 @@ import random
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 import llama.blocks
 from llama.blocks import PAD_BLOCK, BlockPool, block_key, root_key
 
 SIZE = 2
-NUM_BLOCKS = 20
+NUM_BLOCKS = 8
 Path = tuple[str, *tuple[tuple[int, ...], ...]]  # salt, then the tokens of each block up to and with this one
 
 salts = st.sampled_from(["", "key-1"])
@@ -57,7 +57,7 @@ class PoolMachine(RuleBasedStateMachine):
         if after != PAD_BLOCK and after + 1 in self.blank:
             assert block == after + 1, "the neighbour was blank"
         forgotten = [idle for idle in self.idle if idle not in self.pool._idle]
-        old = len(self.idle) // 8
+        old = len(self.idle) // llama.blocks._OLD
         assert not forgotten or old or not self.blank, "few are idle: none is given up while others are blank"
         assert set(forgotten) <= set(self.idle[: max(old, 1)]), "the oldest go first"
         for idle in forgotten:
@@ -127,8 +127,39 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.n_free == len(self.blank) + len(self.idle) == NUM_BLOCKS - 1 - len(self.owned())
 
 
-PoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
-TestPool = PoolMachine.TestCase
+@pytest.mark.parametrize("old", [8, 2])  # none of so few blocks counts as old, and half of them
+def test_pool(old: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama.blocks, "_OLD", old)
+    run_state_machine_as_test(PoolMachine, settings=settings(max_examples=150, stateful_step_count=50, deadline=None))
+
+
+def test_a_pool_that_has_been_used_whole() -> None:
+    """Hundreds of prompts over few beginnings, several at a time: what is found is what was published, the audit holds,
+    and of the idle ones only the oldest go."""
+    for seed in range(40):
+        dice = random.Random(seed)
+        pool, running = BlockPool(dice.randrange(20, 120), 2), list[list[int]]()
+        for _ in range(150):
+            prompt = [dice.randrange(2) for _ in range(dice.randrange(1, 8))] + [dice.randrange(99) for _ in range(9)]
+            room = dice.randrange(1, 12)
+            while running and (pool.n_free < 20 or dice.random() < 0.3):
+                pool.release(running.pop(dice.randrange(len(running))))
+            if pool.n_free < 9:
+                continue
+            table, keys = pool.find(prompt, root_key(""))
+            while len(table) < pool.blocks_for(len(prompt)):
+                idle, blank = list(pool._idle), set(pool._blank)
+                block = pool.allocate(table[-1] if table else PAD_BLOCK, room)
+                assert block in idle or block in blank, "it was held"
+                forgotten = set(idle) - set(pool._idle)
+                assert forgotten <= set(idle[: max(len(idle) // llama.blocks._OLD, 1)]), "the oldest go first"
+                table.append(block)
+            for i in range(len(keys), len(prompt) // 2):
+                own = tuple(prompt[2 * i : 2 * i + 2])
+                keys.append(block_key(keys[-1] if keys else root_key(""), own))
+                pool.publish(table[i], keys[-1], own)
+            running.append(table)
+            pool.check(running)
 
 
 def publish_prompt(pool: BlockPool, tokens: list[int], salt: str = "") -> list[int]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from kernels.linear_weight import pair_columns
 from kernels.pages import on_large_pages, zeros_on_large_pages
@@ -58,9 +61,10 @@ def test_shared_models(shared_file: Callable[[str], Path]) -> None:
     assert_equal(answers(model, [[1]]), answers(model, [[1]], compile=True))
 
 
-def filled_cache() -> KVCache:
+@torch.inference_mode()  # as the engine makes it
+def filled_cache(model: ModelConfig) -> KVCache:
     """20 blocks of 16 tokens, the same numbers each time."""
-    cache = KVCache.empty(GROUPED, 20, 16, torch.float32, torch.device("cpu"))
+    cache = KVCache.empty(model, 20, 16, torch.float32, torch.device("cpu"))
     generator = torch.Generator().manual_seed(3)
     for tensor in cache.k + cache.v:
         tensor.normal_(generator=generator)
@@ -74,15 +78,18 @@ def last_token(token_ids: list[int], table: list[int]) -> Plan:
     return Plan([seq], [len(token_ids) - 1], [1], [True])
 
 
+@pytest.mark.parametrize("config", [GROUPED, replace(GROUPED, n_layers=8)], ids=["one call", "two calls"])
 @torch.inference_mode()
-def test_blocks_in_any_order_and_any_length() -> None:
+def test_blocks_in_any_order_and_any_length(config: ModelConfig) -> None:
     """The rows before are read where they lie, or gathered; the new token's are written to their place."""
-    parameters = random_parameters(GROUPED, torch.float32, torch.device("cpu"))
-    model = Transformer(GROUPED, parameters, 256, False, keep_rows=True)
-    caches = [filled_cache(), filled_cache()]
+    parameters = random_parameters(config, torch.float32, torch.device("cpu"))
+    model = Transformer(config, parameters, 256, False, keep_rows=True)
+    caches = [filled_cache(config), filled_cache(config)]
     row = CompiledRow(model, caches[1])
+    compiled = counters["stats"]["unique_graphs"]
     for n_tokens, table in ((3, [5]), (17, [9, 4]), (48, [7, 8, 9]), (40, [9, 3, 12]), (49, [3, 4, 5, 19])):
         if n_tokens == 40:
+            assert counters["stats"]["unique_graphs"] == compiled, "a step had to wait for the compiler"
             torch.compiler.reset()  # as others may do; what is compiled then must not serve one length only
         plan = last_token([2 + i for i in range(n_tokens)], table)
         assert row.serves(plan)
@@ -91,6 +98,17 @@ def test_blocks_in_any_order_and_any_length() -> None:
         torch.testing.assert_close(row.run(plan), wanted, atol=1e-5, rtol=0)
         for plain, other in zip(caches[0].k + caches[0].v, caches[1].k + caches[1].v, strict=True):
             torch.testing.assert_close(other, plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("model", [GROUPED, replace(GROUPED, n_layers=5, tie_embeddings=True)])
+def test_requests_do_not_wait_for_a_compiler(model: ModelConfig) -> None:
+    """All that is compiled is compiled before the engine is there, whatever the lengths and wherever the blocks lie."""
+    config = EngineConfig(device="cpu", dtype="float32", block_size=16, compile=True)
+    with Engine(model, config, progress=False) as engine:
+        compiled = counters["stats"]["unique_graphs"]
+        for prompt in (*PROMPTS, [1, 7] * 40, PROMPTS[1]):
+            engine.generate([prompt], PARAMS)
+        assert counters["stats"]["unique_graphs"] == compiled > 0
 
 
 @pytest.mark.parametrize("option", ["batch_invariant", "steps_ahead"])
@@ -151,6 +169,21 @@ def test_zeros_on_large_pages(shape: tuple[int, ...]) -> None:
     assert zeros.is_contiguous() and bool((zeros == 1).all())
 
 
+def test_large_pages_are_what_the_system_may_give() -> None:
+    """Linux says of each mapping whether it may; not whether there were large pages left."""
+    switch, maps = Path("/sys/kernel/mm/transparent_hugepage/enabled"), Path("/proc/self/smaps")
+    if not switch.is_file() or "[never]" in switch.read_text() or "THPeligible" not in maps.read_text():
+        pytest.skip("needs a Linux with transparent huge pages switched on")
+    tensor = zeros_on_large_pages((1 << 22,), torch.float32)
+    eligible = None
+    for line in maps.read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= tensor.data_ptr() < int(found[2], 16)
+        elif line.startswith("THPeligible") and inside:
+            eligible = line.split()[1]
+    assert eligible == "1"
+
+
 def test_bf16_weights_are_rounded_no_more_than_on_the_plain_path() -> None:
     """Against the same weights in fp32: one-row steps keep fp32 between the multiplications."""
     parameters = random_parameters(GROUPED, torch.bfloat16, torch.device("cpu"))
@@ -160,6 +193,6 @@ def test_bf16_weights_are_rounded_no_more_than_on_the_plain_path() -> None:
         exact = Transformer(GROUPED, wide, 256, False)
         fast = Transformer(GROUPED, parameters, 256, False, keep_rows=True)
         batch = Batch.from_plan(plan, [0], 16, torch.device("cpu"))
-        expected = exact.logits(exact.forward(batch, filled_cache()))
-        made = CompiledRow(fast, filled_cache()).run(plan)
+        expected = exact.logits(exact.forward(batch, filled_cache(GROUPED)))
+        made = CompiledRow(fast, filled_cache(GROUPED)).run(plan)
     assert (made - expected).abs().max() < 1e-4

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import paged_attention, plan_attention
+from kernels import AttentionPlan, paged_attention, plan_attention
 
 BLOCK, N_HEADS, N_KV_HEADS, HEAD_DIM = 16, 4, 2, 8
 
@@ -37,25 +37,41 @@ def test_prompts_in_parts(queries_keys: list[tuple[int, int]], side_by_side: boo
     check(queries_keys, side_by_side)
 
 
-@pytest.mark.parametrize("gathered", [0, 1 << 13, 1 << 14, 1 << 20])  # bytes: none, the shortest, in parts, all at once
+DECODING = [(1, 30), (1, 2), (1, 17)]
+BESIDE = [(1, 64), (40, 60), (1, 1), (1, 33), (1, 300), (3, 3), (1, 16), (1, 90)]
+MANY = [(1, n) for n in range(1, 20)]
+
+
 @pytest.mark.parametrize(
-    "queries_keys",
+    "queries_keys, gathered, n_gathers, n_alone",
     [
-        [(1, 30), (1, 2), (1, 17)],
-        [(1, 64), (40, 60), (1, 1), (1, 33), (1, 300), (3, 3), (1, 16), (1, 90)],
-        [(1, n) for n in range(1, 20)],
+        (DECODING, 0, 0, 3),
+        (DECODING, 1 << 14, 1, 0),
+        (BESIDE, 0, 0, 8),
+        (BESIDE, 1 << 14, 1, 4),  # the prompts, and what is too long
+        (BESIDE, 1 << 20, 1, 2),
+        (MANY, 1 << 12, 4, 3),
+        (MANY, 1 << 14, 2, 0),
+        (MANY, 1 << 20, 1, 0),
     ],
 )
 def test_decoding_sequences(
-    queries_keys: list[tuple[int, int]], gathered: int, monkeypatch: pytest.MonkeyPatch
+    queries_keys: list[tuple[int, int]],
+    gathered: int,
+    n_gathers: int,
+    n_alone: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Alone and beside prompts, some too long to be gathered with the others."""
+    """Alone and beside prompts, in parts of so many bytes of keys, some too long to be gathered."""
     monkeypatch.setattr("kernels.attention_plan._GATHER_BYTES", gathered)
-    check(queries_keys, side_by_side=False)
+    plan = check(queries_keys, side_by_side=False)
+    assert plan.cpu is not None
+    work = plan.cpu.work(N_KV_HEADS, 4 * N_KV_HEADS * HEAD_DIM)
+    assert (len(work.gathers), len(work.spans)) == (n_gathers, n_alone)
 
 
-def check(queries_keys: list[tuple[int, int]], side_by_side: bool) -> None:
-    """Sequences of so many queries and keys, in one call, beside the formula."""
+def check(queries_keys: list[tuple[int, int]], side_by_side: bool) -> AttentionPlan:
+    """Sequences of so many queries and keys, in one call, beside the formula. Returns the call's plan."""
     dice = np.random.default_rng(5)
     torch.manual_seed(5)
     widths = [-(-n_keys // BLOCK) for _, n_keys in queries_keys]
@@ -74,3 +90,4 @@ def check(queries_keys: list[tuple[int, int]], side_by_side: bool) -> None:
         keys, values = (c[tables[i, : widths[i]]].flatten(0, 1)[:n_keys] for c in (k_cache, v_cache))
         rows = slice(int(starts[i]), int(starts[i]) + n)
         torch.testing.assert_close(made[rows].double(), formula(q[rows], keys, values), atol=2e-5, rtol=0)
+    return plan
