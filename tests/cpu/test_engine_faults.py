@@ -76,6 +76,7 @@ def read(stream: Stream, n: int = 1) -> list[Answer]:
     return answers
 
 
+@torch.inference_mode()  # as the cache was made
 def audit(loop: EngineLoop) -> None:
     """Before every step: the pool against all tables, and NaN wherever nobody's K/V are."""
     scheduler = loop.scheduler
