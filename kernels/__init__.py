@@ -30,9 +30,9 @@ __all__ = [
     "LinearWeight",
     "adjust_logits",
     "cache_dtype",
-    "empty_cache",
     "fetch",
     "linear",
+    "make_cache",
     "pack_weight",
     "paged_attention",
     "plan_attention",
@@ -92,7 +92,7 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if runs_triton(device) else torch.float32
 
 
-def empty_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def make_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A K/V cache, zero-filled; on the CPU on large pages, from which a decode batch gathers its keys 7 % faster."""
     return torch.zeros(shape, dtype=dtype, device=device) if runs_triton(device) else zeros_on_large_pages(shape, dtype)
 

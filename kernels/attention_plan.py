@@ -64,11 +64,10 @@ class Gather:
 
 @dataclass(frozen=True, slots=True)
 class CpuWork:
-    """A step's sequences, each in one of both lists. in_order: all rows are one gather, row by row."""
+    """A step's sequences, each in one of both lists."""
 
     gathers: list[Gather]
     spans: list[SequenceSpan]
-    in_order: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +107,7 @@ class CpuPlan:
             gathered = set(np.concatenate(parts).tolist()) if parts else set()
             gathers = [self._gather(seqs, n_kv_heads) for seqs in parts]
             spans = [span for s in range(len(self._lengths)) if s not in gathered for span in self._spans(s)]
-            made = CpuWork(gathers, spans, len(parts) == 1 and not spans)
-            self._work[n_kv_heads, key_bytes] = made
+            made = self._work[n_kv_heads, key_bytes] = CpuWork(gathers, spans)
         return made
 
     def _spans(self, s: int) -> Iterator[SequenceSpan]:

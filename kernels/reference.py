@@ -93,9 +93,9 @@ def paged_attention(
     # On the CPU the cache is fp32; batched matmuls would round the scores of 16-bit keys, which the oracle must not.
     key_bytes = k_cache[0, 0].numel() * k_cache.element_size() if k_cache.dtype == torch.float32 else 0
     work = plan.cpu.work(k_cache.shape[2], key_bytes)
-    if work.in_order:
-        return _attend_gathered(q, k_cache, v_cache, work.gathers[0], scale)
-    if len(work.spans) == 1 and not work.gathers:
+    if len(work.gathers) + len(work.spans) == 1:  # it holds all rows, in order
+        if work.gathers:
+            return _attend_gathered(q, k_cache, v_cache, work.gathers[0], scale)
         return _attend_span(q, k_cache, v_cache, work.spans[0], scale)
     out = torch.empty_like(q)
     for part in work.gathers:

@@ -37,7 +37,7 @@ class KVCache:
         cls, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
         shape = (config.n_layers, 2, num_blocks, block_size, config.n_kv_heads, config.head_dim)
-        whole = kernels.empty_cache(shape, dtype, device)
+        whole = kernels.make_cache(shape, dtype, device)
         k, v = (list(half.unbind(0)) for half in whole.unbind(1))
         return cls(whole, k, v, block_size)
 

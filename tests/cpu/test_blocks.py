@@ -133,12 +133,26 @@ def test_pool(old: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run_state_machine_as_test(PoolMachine, settings=settings(max_examples=150, stateful_step_count=50, deadline=None))
 
 
+class WatchedPool(BlockPool):
+    """Looks at what each call of `allocate` takes, and what it makes the prefix cache forget."""
+
+    def allocate(self, after: int = PAD_BLOCK, room: int = 1) -> int:
+        idle, blank = list(self._idle), set(self._blank)
+        block = super().allocate(after, room)
+        assert block in idle or block in blank, "it was held"
+        forgotten = set(idle) - set(self._idle)
+        assert forgotten <= set(idle[: max(len(idle) // llama.blocks._OLD, 1)]), "the oldest go first"
+        return block
+
+
 def test_a_pool_that_has_been_used_whole() -> None:
     """Hundreds of prompts over few beginnings, several at a time: what is found is what was published, the audit holds,
     and of the idle ones only the oldest go."""
+    hits = 0
     for seed in range(40):
         dice = random.Random(seed)
-        pool, running = BlockPool(dice.randrange(20, 120), 2), list[list[int]]()
+        pool, running = WatchedPool(dice.randrange(20, 120), 2), list[list[int]]()
+        content: dict[int, tuple[int, ...]] = {}  # block -> every token up to its end, as computed by its last owner
         for _ in range(150):
             prompt = [dice.randrange(2) for _ in range(dice.randrange(1, 8))] + [dice.randrange(99) for _ in range(9)]
             room = dice.randrange(1, 12)
@@ -146,27 +160,22 @@ def test_a_pool_that_has_been_used_whole() -> None:
                 pool.release(running.pop(dice.randrange(len(running))))
             if pool.n_free < 9:
                 continue
-            table, keys = pool.find(prompt, root_key(""))
-            while len(table) < pool.blocks_for(len(prompt)):
-                idle, blank = list(pool._idle), set(pool._blank)
-                block = pool.allocate(table[-1] if table else PAD_BLOCK, room)
-                assert block in idle or block in blank, "it was held"
-                forgotten = set(idle) - set(pool._idle)
-                assert forgotten <= set(idle[: max(len(idle) // llama.blocks._OLD, 1)]), "the oldest go first"
-                table.append(block)
-            for i in range(len(keys), len(prompt) // 2):
-                own = tuple(prompt[2 * i : 2 * i + 2])
-                keys.append(block_key(keys[-1] if keys else root_key(""), own))
-                pool.publish(table[i], keys[-1], own)
+            found, _ = pool.find(prompt, root_key(""))
+            hits += len(found)
+            assert [content[block] for block in found] == [tuple(prompt[: 2 * i + 2]) for i in range(len(found))]
+            pool.release(found)
+            table = publish_prompt(pool, prompt, room=room)
+            content |= {table[i]: tuple(prompt[: 2 * i + 2]) for i in range(len(prompt) // 2)}
             running.append(table)
             pool.check(running)
+    assert hits > 1000, "some look-ups must hit, or the test shows nothing"
 
 
-def publish_prompt(pool: BlockPool, tokens: list[int], salt: str = "") -> list[int]:
+def publish_prompt(pool: BlockPool, tokens: list[int], salt: str = "", room: int = 1) -> list[int]:
     """Compute a prompt as the scheduler would: find, allocate the rest, publish what is full. Returns the table."""
     table, keys = pool.find(tokens, root_key(salt))
     while len(table) < pool.blocks_for(len(tokens)):
-        table.append(pool.allocate(table[-1] if table else PAD_BLOCK))
+        table.append(pool.allocate(table[-1] if table else PAD_BLOCK, room))
     for i in range(len(keys), len(tokens) // pool.block_size):
         own = tuple(tokens[i * pool.block_size : (i + 1) * pool.block_size])
         keys.append(block_key(keys[-1] if keys else root_key(salt), own))
