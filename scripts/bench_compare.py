@@ -1,14 +1,17 @@
 """The same weights, prompts and lengths through ours and the peers, in turns: transformers, llama.cpp on the CPU, and
 on a card gpt-fast (--gpt-fast DIR) and vLLM (--vllm), where they are asked for.
 
-Subjects: decode of one sequence, 8 and 32 sequences at once, the prefill of 512 tokens. A peer whose greedy tokens in
-fp32 are not ours, on several prompts, computes something else, and gets no ratio.
+Subjects: decode of one sequence; 8 and 32 sequences that begin and end together (batch8, batch32), which suits static
+batches best; 8 and 32 requests in flight out of a queue of unlike ones (mixed8, mixed32), as a server has them; the
+prefill of 512 tokens. A peer whose greedy tokens in fp32 are not ours, on several prompts, computes something else, and
+gets no ratio.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +34,9 @@ from roofline import Format, Work, decode_work, prefill_work, serving_work
 
 from llama.config import ModelConfig
 
-SUBJECTS = ("decode", "batch8", "batch32", "prefill")
+SUBJECTS = ("decode", "batch8", "batch32", "mixed8", "mixed32", "prefill")
+MIXED_PROMPTS = (8, 64)  # tokens
+MIXED_REQUESTS = 4  # in all, for each in flight: what the last ones take, with fewer beside them, is part of it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     roofline_plot.add_arguments(parser)
     bench_engines.add_arguments(parser)
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--tokens", type=int, default=128, help="to decode, of each sequence")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=128,
+        help="to decode, of each sequence; of mixed ones an eighth to twice that",
+    )
     parser.add_argument("--prompt-tokens", type=int, default=16, help="before the decoded ones")
     parser.add_argument("--prefill-tokens", type=int, default=512)
 
@@ -63,7 +73,15 @@ def subjects(args: argparse.Namespace, config: ModelConfig, kept: Format) -> dic
     def batch(n: int) -> Subject:
         lengths = [args.tokens] * n
         work = serving_work(config, kept, n, args.prompt_tokens, args.tokens)
-        return Subject(lambda side: partial(side.batch, prompts[:n], lengths), work, sum(lengths))
+        return Subject(lambda side: partial(side.batch, prompts[:n], lengths, n), work, sum(lengths))
+
+    def mixed(n: int) -> Subject:
+        requests = range(MIXED_REQUESTS * n)
+        unlike = [random_prompt(config, dice.randint(*MIXED_PROMPTS), dice) for _ in requests]
+        lengths = [dice.randint(max(1, args.tokens // 8), 2 * args.tokens) for _ in requests]
+        isl, osl = round(statistics.mean(map(len, unlike))), round(statistics.mean(lengths))
+        work = serving_work(config, kept, n, isl, osl)
+        return Subject(lambda side: partial(side.batch, unlike, lengths, n), work, n * osl)
 
     return {
         "decode": Subject(
@@ -71,13 +89,15 @@ def subjects(args: argparse.Namespace, config: ModelConfig, kept: Format) -> dic
         ),
         "batch8": batch(8),
         "batch32": batch(32),
+        "mixed8": mixed(8),
+        "mixed32": mixed(32),
         "prefill": Subject(lambda side: partial(side.prefill, long), prefill_work(config, kept, len(long)), len(long)),
     }
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config, kept = model_config(args), model_format(args)
-    longest = max(args.prompt_tokens + args.tokens, args.prefill_tokens + 1)
+    longest = max(args.prompt_tokens + args.tokens, MIXED_PROMPTS[1] + 2 * args.tokens, args.prefill_tokens + 1)
     versions = {"transformers": transformers_facts(), "llama.cpp": llama_cpp_facts()}
     found: dict[str, Any] = {"model": args.model or args.shape, "dtype": args.dtype, "peers": versions}
     points: list[roofline_plot.Point] = []
@@ -94,7 +114,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 if name not in args.subjects:
                     continue
                 others = {
-                    peer.name: f"is measured in {peer.only} only" for peer in peers if peer.only not in (None, name)
+                    peer.name: f"is measured in {', '.join(peer.only)} only"
+                    for peer in peers
+                    if peer.only is not None and name not in peer.only
                 }
                 running = [side for side in sides if side.name.split()[0] not in others]
                 figures = alternate({side.name: subject.run(side) for side in running}, args.rounds)

@@ -60,7 +60,7 @@ def gpt_fast_peer(args: argparse.Namespace, folder: Path, scratch: Path) -> Peer
     def start(dtype: str, n_seqs: int, context: int) -> RemoteSides:
         return RemoteSides(gpt_fast_sides, args.gpt_fast.resolve(), folder, scratch, dtype, args.device, context)
 
-    return Peer("gpt-fast", gpt_fast_missing(args.gpt_fast, args.device), start, only="decode")
+    return Peer("gpt-fast", gpt_fast_missing(args.gpt_fast, args.device), start, only=["decode"])
 
 
 def gpt_fast_sides(checkout: Path, folder: Path, scratch: Path, dtype: str, device: str, context: int) -> list[Side]:
@@ -138,7 +138,7 @@ class GptFast:
     def prefill(self, prompt: list[int]) -> float:
         raise NotImplementedError("gpt-fast is measured in decode only")
 
-    def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
+    def batch(self, prompts: list[list[int]], lengths: list[int], at_once: int) -> float:
         raise NotImplementedError("gpt-fast is measured in decode only")
 
     def _generate(self, prompt: list[int], n: int, callback: Any) -> list[int]:
@@ -160,7 +160,8 @@ def vllm_peer(args: argparse.Namespace, folder: Path) -> Peer:
     def start(dtype: str, n_seqs: int, context: int) -> RemoteSides:
         return RemoteSides(vllm_sides, folder, dtype, n_seqs, context)
 
-    return Peer("vllm", vllm_missing(args.device), start)
+    subjects = ["decode", "batch8", "batch32", "mixed32", "prefill"]  # it is made for 32 in flight
+    return Peer("vllm", vllm_missing(args.device), start, only=subjects)
 
 
 def vllm_sides(folder: Path, dtype: str, n_seqs: int, context: int) -> list[Side]:
@@ -195,7 +196,7 @@ class Vllm:
         """Without what the first token takes, which is measured on its own: no single token can be seen here."""
         return (n - 1) / (self._run([prompt], [n])[1] - self._run([prompt], [1])[1])
 
-    def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
+    def batch(self, prompts: list[list[int]], lengths: list[int], at_once: int) -> float:
         return sum(lengths) / self._run(prompts, lengths)[1]
 
     def tokens(self, prompt: list[int], n: int) -> list[int]:

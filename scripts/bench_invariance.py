@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for batch in (alone, many):
             lengths = [_NEW] * len(batch)
             sides = {
-                "ours": partial(exact.batch, batch, lengths),
-                "fast": partial(fast.batch, batch, lengths),
+                "ours": partial(exact.batch, batch, lengths, len(batch)),
+                "fast": partial(fast.batch, batch, lengths, len(batch)),
             }
             title = f"batch_invariant=True (ours) beside False (fast), {len(batch)} sequences: {model_title(args)}"
             figures = alternate(sides, args.rounds)

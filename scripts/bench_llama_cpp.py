@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,14 @@ try:
     import llama_cpp
 except ImportError:
     gguf = llama_cpp = None  # type: ignore[assignment]
+
+
+class Running(NamedTuple):
+    """A sequence of `LlamaCpp.batch`: what it computes next, from which position on; how many tokens it still makes."""
+
+    position: int
+    tokens: list[int]
+    left: int
 
 
 class LlamaCpp:
@@ -63,15 +71,23 @@ class LlamaCpp:
             (token,) = self._run([(0, at, [token])])
         return (n - 1) / (time.perf_counter() - start)
 
-    def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
-        """All prompts in one call; a sequence that has its tokens drops out. At most n_seqs prompts, 2048 tokens."""
+    def batch(self, prompts: list[list[int]], lengths: list[int], at_once: int) -> float:
+        """A sequence that has its tokens makes room for the next prompt, which is computed beside the others' tokens.
+        At most n_seqs at once, whose prompts have at most 2048 tokens in all."""
         self._forget()
+        waiting, live = list(zip(prompts, lengths, strict=True))[::-1], dict[int, Running]()
         start = time.perf_counter()
-        last = dict(enumerate(self._run([(seq, 0, prompt) for seq, prompt in enumerate(prompts)])))
-        for step in range(1, max(lengths)):
-            live = [seq for seq, n in enumerate(lengths) if n > step]
-            parts = [(seq, len(prompts[seq]) + step - 1, [last[seq]]) for seq in live]
-            last = dict(zip(live, self._run(parts), strict=True))
+        while waiting or live:
+            for seq in range(at_once):
+                if seq not in live and waiting:
+                    live[seq] = Running(0, *waiting.pop())
+            made = self._run([(seq, one.position, one.tokens) for seq, one in live.items()])
+            for (seq, one), token in zip(list(live.items()), made, strict=True):
+                if one.left > 1:
+                    live[seq] = Running(one.position + len(one.tokens), [token], one.left - 1)
+                else:
+                    del live[seq]
+                    self._forget(seq)
         return sum(lengths) / (time.perf_counter() - start)
 
     def tokens(self, prompt: list[int], n: int) -> list[int]:
@@ -81,8 +97,9 @@ class LlamaCpp:
             made += self._run([(0, len(prompt) + len(made) - 1, made[-1:])])
         return made
 
-    def _forget(self) -> None:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+    def _forget(self, seq: int = -1) -> None:
+        """A sequence, or -1 for all."""
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._context), seq, -1, -1)
 
     def _run(self, parts: list[tuple[int, int, list[int]]]) -> list[int]:
         """Compute (sequence, first position, tokens); the best next token of each."""

@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         RemoteSides(our_sides, args, args.prompts, longest, args.batch_invariant, folder) as ours,
     ):
         sides: list[Side] = [*ours, *peers]
-        figures = alternate({side.name: partial(side.batch, prompts, lengths) for side in sides}, args.rounds)
+        runs = {side.name: partial(side.batch, prompts, lengths, len(prompts)) for side in sides}
+        figures = alternate(runs, args.rounds)
     title = f"{args.prompts} prompts of 8 to 64 tokens, 16 to 256 new: {model_title(args)}"
     found = beside(title, figures, "output tok/s", args.max_spread, refused)
     return {"model": args.model or args.shape, "dtype": args.dtype, "prompts": args.prompts, **found}

@@ -35,13 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Peer:
     """why_not: it cannot run here, or None. start(dtype, sequences at a time, tokens of each): its sides.
 
-    only: the one subject of `compare` that it can be measured in; None for all.
+    only: the subjects of `compare` that it can be measured in; None for all.
     """
 
     name: str
     why_not: str | None
     start: Callable[[str, int, int], RemoteSides]
-    only: str | None = None
+    only: Sequence[str] | None = None
 
 
 def transformers_peer(args: argparse.Namespace, folder: Path, ways: Sequence[str] = ("eager", "sdpa")) -> Peer:

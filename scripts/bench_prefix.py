@@ -40,13 +40,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             """New prompts in every run, the same ones for either engine."""
             own = random.Random(7)
             return lambda: side.batch(
-                [random_prompt(config, 64, own) for _ in range(args.prompts)], [32] * args.prompts
+                [random_prompt(config, 64, own) for _ in range(args.prompts)], [32] * args.prompts, args.prompts
             )
 
         # As a server is after a while: every block of the cache was used before, and the oldest prefix makes room.
         filling = [random_prompt(config, args.prompt_tokens + 63, dice) for _ in range(2 * args.prompts)]
         for side in (cached, plain):
-            side.batch(filling, [1] * len(filling))
+            side.batch(filling, [1] * len(filling), args.prompts)
         cost = alternate({OURS: unrelated(cached), "without": unrelated(plain)}, args.rounds)
         gain = alternate(
             {OURS: partial(repeated, cached, again), "without": partial(repeated, plain, again)}, args.rounds

@@ -26,8 +26,8 @@ class Remote:
     def decode(self, prompt: list[int], n: int) -> float:
         return self._ask("decode", prompt, n)
 
-    def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
-        return self._ask("batch", prompts, lengths)
+    def batch(self, prompts: list[list[int]], lengths: list[int], at_once: int) -> float:
+        return self._ask("batch", prompts, lengths, at_once)
 
     def tokens(self, prompt: list[int], n: int) -> list[int]:
         return self._ask("tokens", prompt, n)

@@ -17,6 +17,7 @@ from bench_model import greedy, make_engine
 from llama.config import ModelConfig
 from llama.engine import Engine
 from llama.request import Request
+from llama.slots import Slots
 
 try:
     import transformers
@@ -35,8 +36,9 @@ class Side(Protocol):
     def decode(self, prompt: list[int], n: int) -> float:
         """New tokens of one sequence, n of them, timed from the first one on."""
 
-    def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
-        """New tokens of prompts begun at once, lengths[i] of prompt i, the time for the prompts included."""
+    def batch(self, prompts: list[list[int]], lengths: list[int], at_once: int) -> float:
+        """New tokens of requests that all wait at the start, lengths[i] of prompt i, at_once of them in flight; the
+        time for the prompts included."""
 
     def tokens(self, prompt: list[int], n: int) -> list[int]:
         """The n tokens after the prompt."""
@@ -63,11 +65,16 @@ class Ours:
         assert got + rest == n
         return rest / taken
 
-    def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
+    def batch(self, prompts: list[list[int]], lengths: list[int], at_once: int) -> float:
+        slots = Slots(at_once)
         start = time.perf_counter()
-        done = self.engine.generate(prompts, [greedy(n) for n in lengths])
+        streams = [
+            self.engine.submit(Request([prompt], greedy(n)), seat=slots.acquire(wait=True))
+            for prompt, n in zip(prompts, lengths, strict=True)
+        ]
+        made = [sum(len(delta.token_ids) for delta in stream) for stream in streams]
         taken = time.perf_counter() - start
-        assert [len(one.token_ids) for one in done] == lengths
+        assert made == lengths
         return sum(lengths) / taken
 
     def tokens(self, prompt: list[int], n: int) -> list[int]:
@@ -140,11 +147,14 @@ class Transformers:
         self._generate([prompt], n, clock)
         return (n - 1) / (time.perf_counter() - clock.first)
 
-    def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
-        """Padded on the left, and every row run to the longest output; only what was asked for counts."""
+    def batch(self, prompts: list[list[int]], lengths: list[int], at_once: int) -> float:
+        """One `generate` for each at_once prompts, as they come: padded on the left, and every row run to the longest
+        output; only what was asked for counts."""
         self._switch()
         start = time.perf_counter()
-        self._generate(prompts, max(lengths))
+        for first in range(0, len(prompts), at_once):
+            part = slice(first, first + at_once)
+            self._generate(prompts[part], max(lengths[part]))
         return sum(lengths) / (time.perf_counter() - start)
 
     def tokens(self, prompt: list[int], n: int) -> list[int]:

@@ -113,8 +113,8 @@ def measure(args: argparse.Namespace, shape: str) -> Measured | str:
         requests = args.requests or max(1, min(slots, cached // (isl + osl)))
         prompts = [random_prompt(config, isl, dice) for _ in range(requests)]
         ours = Ours(engine)
-        ours.batch(prompts[:2], [min(4, osl)] * len(prompts[:2]))
-        figure = Figure([ours.batch(prompts, [osl] * requests) for _ in range(args.rounds)])
+        ours.batch(prompts[:2], [min(4, osl)] * len(prompts[:2]), 2)
+        figure = Figure([ours.batch(prompts, [osl] * requests, requests) for _ in range(args.rounds)])
     return figure.noise(args.max_spread) or Measured(
         figure, requests, min(requests, cached / (isl + osl / 2)), isl, osl
     )

@@ -150,7 +150,7 @@ class Doubling:
     def decode(self, prompt: list[int], n: int) -> float:
         return 2.0 * n
 
-    def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
+    def batch(self, prompts: list[list[int]], lengths: list[int], at_once: int) -> float:
         return float(sum(lengths))
 
     def tokens(self, prompt: list[int], n: int) -> list[int]:
@@ -170,6 +170,6 @@ def test_a_side_in_another_process() -> None:
         assert (first.name, second.decode([1], 21), first.tokens([5], 2)) == ("doubling", 42.0, [5, 5])
         with pytest.raises(ValueError, match="no prefill of 3"):
             first.prefill([1, 2, 3])
-        assert second.batch([[1]], [4]) == 4.0, "an error ends nothing"
+        assert second.batch([[1]], [4], 1) == 4.0, "an error ends nothing"
     with pytest.raises(RuntimeError, match="no such engine"):
         RemoteSides(make_none)

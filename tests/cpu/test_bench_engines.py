@@ -50,7 +50,8 @@ def arguments(*words: str) -> argparse.Namespace:
 def test_only_those_asked_for_are_sides(tmp_path: Path, checkout: Path) -> None:
     assert asked_for(arguments(), tmp_path, tmp_path) == []
     peers = asked_for(arguments("--vllm", "--gpt-fast", str(checkout)), tmp_path, tmp_path)
-    assert [(peer.name, peer.only) for peer in peers] == [("gpt-fast", "decode"), ("vllm", None)]
+    assert [peer.name for peer in peers] == ["gpt-fast", "vllm"] and peers[0].only == ["decode"]
+    assert peers[1].only == [name for name in bench_compare.SUBJECTS if name != "mixed8"]
 
 
 def test_a_folder_that_is_no_checkout(tmp_path: Path, checkout: Path) -> None:

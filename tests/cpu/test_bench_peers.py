@@ -22,13 +22,15 @@ import bench_offline  # noqa: E402
 import bench_peers  # noqa: E402
 import bench_throughput  # noqa: E402
 from bench_figures import Figure  # noqa: E402
+from bench_llama_cpp import llama_cpp_missing, llama_cpp_sides  # noqa: E402
 from bench_machine import Ceilings  # noqa: E402
 from bench_model import weights_folder  # noqa: E402
 from bench_peers import CHECKED_PROMPTS, Peer, peer_sides  # noqa: E402
-from bench_sides import Ours  # noqa: E402
+from bench_sides import Ours, transformers_missing, transformers_sides  # noqa: E402
 
 from llama.config import EngineConfig, ModelConfig  # noqa: E402
 from llama.engine import Engine  # noqa: E402
+from llama.stream import Stream  # noqa: E402
 
 TINY = ModelConfig(64, 2, 4, 4, 16, 128, 320, max_seq_len=256)
 
@@ -52,7 +54,7 @@ def in_this_process(make: Any, *args: Any) -> Iterator[list[Ours]]:
 def arguments(subject: Any, *words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     subject.add_arguments(parser)
-    args = parser.parse_args(["--max-spread", "100", "--rounds", "3", *words])
+    args = parser.parse_args(["--max-spread", "1e9", "--rounds", "3", *words])
     args.threads, args.shape = 1, "tiny"
     return args
 
@@ -77,7 +79,7 @@ class Copy:
     def prefill(self, prompt: list[int]) -> float:
         return 1.0
 
-    def batch(self, prompts: list[list[int]], lengths: list[int]) -> float:
+    def batch(self, prompts: list[list[int]], lengths: list[int], at_once: int) -> float:
         return 1.0
 
 
@@ -128,11 +130,11 @@ def test_compare_names_versions_ways_and_refusals(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bench_compare, "transformers_peer", right)
     monkeypatch.setattr(bench_compare, "llama_cpp_peer", wrong)
     monkeypatch.setattr(bench_compare, "llama_cpp_facts", lambda: {"version": "1", "system": "AVX = 1"})
-    words = ["--subjects", "decode", "batch8", "prefill", "--tokens", "3", "--prompt-tokens", "4"]
+    words = ["--subjects", "decode", "batch8", "mixed8", "prefill", "--tokens", "3", "--prompt-tokens", "4"]
     found = bench_compare.run(arguments(bench_compare, *words, "--prefill-tokens", "32"))
     assert found["peers"]["llama.cpp"] == {"version": "1", "system": "AVX = 1"}
     assert set(found["ceilings"]) == {"read_GB_s", "matmul_GFLOP_s"}
-    for subject in ("decode", "batch8", "prefill"):
+    for subject in ("decode", "batch8", "mixed8", "prefill"):
         assert set(found[subject]["medians"]) == {"ours", "copy plain"}
         assert found[subject]["best"] == {"copy": "copy plain"} and "copy plain" in found[subject]["ratios"]
         assert found[subject]["refused"].keys() == {"other"}
@@ -170,7 +172,7 @@ class Drifting:
     def prefill(self, prompt: list[int]) -> float:
         return float(next(self.rates))
 
-    def batch(self, prompts: list[list[int]], lengths: Sequence[int]) -> float:
+    def batch(self, prompts: list[list[int]], lengths: Sequence[int], at_once: int) -> float:
         return float(next(self.rates))
 
 
@@ -210,7 +212,7 @@ def test_no_share_and_no_picture_where_the_ceilings_moved(
 
 def test_a_peer_that_does_one_thing_is_not_asked_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
     def right(args: argparse.Namespace, folder: Path, *_: object) -> Peer:
-        return replace(copying(folder), only="decode")
+        return replace(copying(folder), only=["decode"])
 
     monkeypatch.setattr(bench_compare, "transformers_peer", right)
     monkeypatch.setattr(bench_compare, "llama_cpp_peer", lambda *_: Peer("llama.cpp", "is not here", None))
@@ -219,6 +221,60 @@ def test_a_peer_that_does_one_thing_is_not_asked_for_another(monkeypatch: pytest
     assert "copy plain" in found["decode"]["medians"] and "copy" not in found["decode"]["refused"]
     assert "copy plain" not in found["prefill"]["medians"]
     assert found["prefill"]["refused"]["copy"] == "is measured in decode only"
+
+
+PROMPTS, LENGTHS = [[5, 6, 7], [8], [9, 10], [11] * 9, [12]], [3, 9, 1, 4, 6]
+
+
+def test_ours_has_so_many_requests_in_flight_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[Stream] = []
+    in_flight: list[int] = []
+    submit = Engine.submit
+
+    def noting(*args: Any, **named: Any) -> Stream:
+        streams.append(submit(*args, **named))
+        in_flight.append(sum(stream.stats.finished is None for stream in streams))
+        return streams[-1]
+
+    monkeypatch.setattr(Engine, "submit", noting)
+    with Engine(TINY, EngineConfig(device="cpu", dtype="float32", slots=5), progress=False) as engine:
+        assert Ours(engine).batch(PROMPTS, LENGTHS, 2) > 0
+    assert len(streams) == 5 and max(in_flight) == 2
+
+
+@pytest.mark.skipif(transformers_missing() is not None, reason="transformers is not installed")
+def test_transformers_gets_so_many_prompts_at_a_time(tmp_path: Path) -> None:
+    with weights_folder(arguments(bench_compare)) as folder:
+        (side,) = transformers_sides(folder, "float32", "cpu", 1, ["eager"])
+    calls: list[tuple[int, int]] = []
+    side._generate = lambda prompts, n: calls.append((len(prompts), n))  # type: ignore[attr-defined]
+    side.batch(PROMPTS, LENGTHS, 2)
+    assert calls == [(2, 9), (2, 4), (1, 6)], "each to its longest output"
+
+
+@pytest.mark.skipif(llama_cpp_missing() is not None, reason="llama-cpp-python and gguf are not installed")
+def test_llama_cpp_begins_a_sequence_where_another_has_ended(tmp_path: Path) -> None:
+    with weights_folder(arguments(bench_compare)) as folder:
+        with Engine(folder, EngineConfig(device="cpu", dtype="float32", slots=1), progress=False) as engine:
+            expected = [Ours(engine).tokens(p, n) for p, n in zip(PROMPTS, LENGTHS, strict=True)]
+        (side,) = llama_cpp_sides(folder, "float32", tmp_path, 1, 2, 64)
+    made: list[list[int]] = []
+    places: dict[int, list[int]] = {}  # the tokens of the sequence that each place has now
+    run = side._run  # type: ignore[attr-defined]
+
+    def noting(parts: list[tuple[int, int, list[int]]]) -> list[int]:
+        assert len(parts) <= 2
+        tokens = run(parts)
+        for (place, position, _), token in zip(parts, tokens, strict=True):
+            if position == 0:
+                places[place] = []
+                made.append(places[place])
+            places[place].append(token)
+        return tokens
+
+    side._run = noting  # type: ignore[attr-defined]
+    side.batch(PROMPTS, LENGTHS, 2)
+    assert made == expected
 
 
 def test_as_many_requests_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
