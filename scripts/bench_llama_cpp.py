@@ -81,8 +81,9 @@ class LlamaCpp:
             for seq in range(at_once):
                 if seq not in live and waiting:
                     live[seq] = Running(0, *waiting.pop())
-            made = self._run([(seq, one.position, one.tokens) for seq, one in live.items()])
-            for (seq, one), token in zip(list(live.items()), made, strict=True):
+            parts = sorted(live.items())  # in any other order llama.cpp takes them apart
+            made = self._run([(seq, one.position, one.tokens) for seq, one in parts])
+            for (seq, one), token in zip(parts, made, strict=True):
                 if one.left > 1:
                     live[seq] = Running(one.position + len(one.tokens), [token], one.left - 1)
                 else:
