@@ -53,6 +53,9 @@ PLANS = {
     "cpu": (
         Command("overhead", "overhead"),
         Command("compare-110M-bf16", f"compare {SMALL} bfloat16 --compile --tokens 64", True, True),
+        Command(
+            "mixed-110M", f"compare {SMALL} bfloat16 --compile --tokens 64 --rounds 3 --subjects mixed8", True, True
+        ),
         Command("compare-110M-fp32", f"compare {SMALL} float32 --compile --tokens 48", True, True),
         Command("latency-110M", f"latency {SMALL} bfloat16 --compile --tokens 64 --ttft 128 512", True, True),
         Command("prefix", f"prefix {SMALL} bfloat16 --prompts 8"),
@@ -74,6 +77,7 @@ PLANS = {
         *(Command(f"throughput-7B-{one.replace('/', '-')}", f"{FULL} {one}", False, True) for one in LONG),
         Command("kernels-7B", "kernels --model 7B"),
         Command("compare-7B", f"compare {CARD} --shape 7B --tokens 64 --rounds 3", True, True),
+        Command("mixed-7B", f"compare {CARD} --shape 7B --tokens 64 --rounds 3 --subjects mixed8 mixed32", True, True),
         Command("prefix-7B", f"prefix {CARD} --shape 7B --prompts 16"),
         Command("invariance-7B", f"invariance {CARD} --shape 7B --rounds 3"),
         Command("serve", "serve --parts overhead refusals --rounds 3"),

@@ -39,19 +39,20 @@ def test_prompts_in_parts(queries_keys: list[tuple[int, int]], side_by_side: boo
 
 DECODING = [(1, 30), (1, 2), (1, 17)]
 BESIDE = [(1, 64), (40, 60), (1, 1), (1, 33), (1, 300), (3, 3), (1, 16), (1, 90)]
-MANY = [(1, n) for n in range(1, 20)]
+MANY = [(1, 1 + n % 19) for n in range(40)]
 
 
 @pytest.mark.parametrize(
     "queries_keys, gathered, n_gathers, n_alone",
     [
         (DECODING, 0, 0, 3),
-        (DECODING, 1 << 14, 1, 0),
+        (DECODING, 1 << 16, 1, 0),
         (BESIDE, 0, 0, 8),
-        (BESIDE, 1 << 14, 1, 4),  # the prompts, and what is too long
+        (BESIDE, 1 << 16, 1, 4),  # the prompts, and what is too long
         (BESIDE, 1 << 20, 1, 2),
-        (MANY, 1 << 12, 4, 3),
-        (MANY, 1 << 14, 2, 0),
+        (MANY, 1 << 13, 2, 22),
+        (MANY, 1 << 14, 3, 6),
+        (MANY, 1 << 15, 2, 0),
         (MANY, 1 << 20, 1, 0),
     ],
 )
