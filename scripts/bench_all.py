@@ -53,9 +53,6 @@ PLANS = {
     "cpu": (
         Command("overhead", "overhead"),
         Command("compare-110M-bf16", f"compare {SMALL} bfloat16 --compile --tokens 64", True, True),
-        Command(
-            "mixed-110M", f"compare {SMALL} bfloat16 --compile --tokens 64 --rounds 3 --subjects mixed8", True, True
-        ),
         Command("compare-110M-fp32", f"compare {SMALL} float32 --compile --tokens 48", True, True),
         Command("latency-110M", f"latency {SMALL} bfloat16 --compile --tokens 64 --ttft 128 512", True, True),
         Command("prefix", f"prefix {SMALL} bfloat16 --prompts 8"),
@@ -65,6 +62,9 @@ PLANS = {
         Command("invariance", f"invariance {SMALL} bfloat16 --prompts 16 --rounds 3"),
         Command("serve", "serve --parts overhead refusals load --rounds 3"),
         Command("compare-1.1B", f"compare {LARGE} --compile --tokens 16 --subjects decode batch8 prefill", True, True),
+        Command(
+            "mixed-110M", f"compare {SMALL} bfloat16 --compile --tokens 64 --rounds 3 --subjects mixed8", True, True
+        ),
     ),
     "cuda": (
         Command("overhead", "overhead"),

@@ -37,7 +37,7 @@ from llama.config import ModelConfig
 SUBJECTS = ("decode", "batch8", "batch32", "prefill", "mixed8", "mixed32")
 USUAL = SUBJECTS[:4]  # a queue takes minutes
 MIXED_PROMPTS = (8, 64)  # tokens
-MIXED_REQUESTS = 4  # in all, for each in flight: what the last ones take, with fewer beside them, is part of it
+MIXED_REQUESTS = 4  # for each place in flight; the end, when places stay empty, is part of what is measured
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=int,
         default=128,
-        help="to decode, of each sequence; of mixed ones an eighth to twice that",
+        help="to decode, of each sequence; mixed ones get an eighth to twice as many",
     )
     parser.add_argument("--prompt-tokens", type=int, default=16, help="before the decoded ones")
     parser.add_argument("--prefill-tokens", type=int, default=512)
@@ -90,15 +90,17 @@ def subjects(args: argparse.Namespace, config: ModelConfig, kept: Format) -> dic
         ),
         "batch8": batch(8),
         "batch32": batch(32),
+        "prefill": Subject(lambda side: partial(side.prefill, long), prefill_work(config, kept, len(long)), len(long)),
         "mixed8": mixed(8),
         "mixed32": mixed(32),
-        "prefill": Subject(lambda side: partial(side.prefill, long), prefill_work(config, kept, len(long)), len(long)),
     }
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config, kept = model_config(args), model_format(args)
-    longest = max(args.prompt_tokens + args.tokens, MIXED_PROMPTS[1] + 2 * args.tokens, args.prefill_tokens + 1)
+    longest = max(args.prompt_tokens + args.tokens, args.prefill_tokens + 1)
+    if not set(args.subjects) <= set(USUAL):
+        longest = max(longest, MIXED_PROMPTS[1] + 2 * args.tokens)
     versions = {"transformers": transformers_facts(), "llama.cpp": llama_cpp_facts()}
     found: dict[str, Any] = {"model": args.model or args.shape, "dtype": args.dtype, "peers": versions}
     points: list[roofline_plot.Point] = []

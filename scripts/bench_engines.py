@@ -160,7 +160,7 @@ def vllm_peer(args: argparse.Namespace, folder: Path) -> Peer:
     def start(dtype: str, n_seqs: int, context: int) -> RemoteSides:
         return RemoteSides(vllm_sides, folder, dtype, n_seqs, context)
 
-    subjects = ["decode", "batch8", "batch32", "mixed32", "prefill"]  # it is made for 32 in flight
+    subjects = ["decode", "batch8", "batch32", "prefill", "mixed32"]  # made for 32 in flight, it cannot be held to 8
     return Peer("vllm", vllm_missing(args.device), start, only=subjects)
 
 

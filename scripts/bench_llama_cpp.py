@@ -19,6 +19,7 @@ from torch import Tensor
 from weights_gguf import gguf_table
 
 from llama.checkpoint import read_config, shard_files
+from llama.config import ModelConfig
 from llama.meta_format import to_interleaved
 
 try:
@@ -37,25 +38,23 @@ class Running(NamedTuple):
 
 
 class LlamaCpp:
-    """n_seqs: how many sequences at most decode together. context: tokens of one of them."""
+    """n_seqs: how many sequences at most decode together. context: tokens of one of them.
 
-    name = "llama.cpp"
+    cache: "split", a part for each sequence, or "unified". With parts llama.cpp computes together only sequences that
+    are neighbours and have equally many tokens; with one cache everything, but attention sees all sequences' keys.
+    """
 
-    def __init__(self, folder: Path, dtype: str, scratch: Path, threads: int, n_seqs: int, context: int) -> None:
-        self.config, self.n_seqs = read_config(folder), n_seqs
-        file = scratch / f"weights-{dtype}.gguf"
-        if not file.exists():
-            write_gguf(folder, file, dtype)
-        llama_cpp.llama_log_set(_SILENT, None)
-        self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+    def __init__(self, config: ModelConfig, model: Any, cache: str, threads: int, n_seqs: int, context: int) -> None:
+        self.name, self.config = f"llama.cpp {cache}", config
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.n_batch = n_seqs * context, n_seqs, max(2048, n_seqs)
         params.n_threads = params.n_threads_batch = threads
-        params.no_perf = True
-        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        params.no_perf, params.kv_unified = True, cache == "unified"
+        self._context = llama_cpp.llama_init_from_model(model, params)
         if not self._context:
             raise RuntimeError("llama.cpp made no context")
-        self._batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
+        self._n_batch = params.n_batch
+        self._batch = llama_cpp.llama_batch_init(self._n_batch, 0, 1)
 
     def prefill(self, prompt: list[int]) -> float:
         self._forget()
@@ -73,7 +72,7 @@ class LlamaCpp:
 
     def batch(self, prompts: list[list[int]], lengths: list[int], at_once: int) -> float:
         """A sequence that has its tokens makes room for the next prompt, which is computed beside the others' tokens.
-        At most n_seqs at once, whose prompts have at most 2048 tokens in all."""
+        At most n_seqs at once."""
         self._forget()
         waiting, live = list(zip(prompts, lengths, strict=True))[::-1], dict[int, Running]()
         start = time.perf_counter()
@@ -81,7 +80,7 @@ class LlamaCpp:
             for seq in range(at_once):
                 if seq not in live and waiting:
                     live[seq] = Running(0, *waiting.pop())
-            parts = sorted(live.items())  # in any other order llama.cpp takes them apart
+            parts = sorted(live.items())  # in any other order a split cache takes them apart
             made = self._run([(seq, one.position, one.tokens) for seq, one in parts])
             for (seq, one), token in zip(parts, made, strict=True):
                 if one.left > 1:
@@ -103,8 +102,10 @@ class LlamaCpp:
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._context), seq, -1, -1)
 
     def _run(self, parts: list[tuple[int, int, list[int]]]) -> list[int]:
-        """Compute (sequence, first position, tokens); the best next token of each."""
+        """Compute (sequence, first position, tokens); the best next token of each. Raises ValueError for too many."""
         batch, row, wanted = self._batch, 0, []
+        if (n_tokens := sum(len(tokens) for _, _, tokens in parts)) > self._n_batch:
+            raise ValueError(f"llama.cpp: {n_tokens} tokens in one call, {self._n_batch} at most")
         for seq, first, tokens in parts:
             for i, token in enumerate(tokens):
                 batch.token[row], batch.pos[row] = token, first + i
@@ -137,8 +138,15 @@ def llama_cpp_facts() -> dict[str, str] | None:
 
 
 def llama_cpp_sides(folder: Path, dtype: str, scratch: Path, threads: int, n_seqs: int, context: int) -> list[Side]:
-    """To be made in a process of its own: nothing of llama.cpp is freed before that ends."""
-    return [LlamaCpp(folder, dtype, scratch, threads, n_seqs, context)]
+    """A side for each form of the cache, sharing the weights. To be made in a process of its own: nothing of llama.cpp
+    is freed before that ends."""
+    file = scratch / f"weights-{dtype}.gguf"
+    if not file.exists():
+        write_gguf(folder, file, dtype)
+    llama_cpp.llama_log_set(_SILENT, None)
+    model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+    caches = ("split", "unified") if n_seqs > 1 else ("split",)
+    return [LlamaCpp(read_config(folder), model, cache, threads, n_seqs, context) for cache in caches]
 
 
 def write_gguf(folder: Path, file: Path, dtype: str) -> None:

@@ -66,7 +66,7 @@ class Ours:
         return rest / taken
 
     def batch(self, prompts: list[list[int]], lengths: list[int], at_once: int) -> float:
-        slots = Slots(at_once)
+        slots = Slots(at_once)  # the engine may have more
         start = time.perf_counter()
         streams = [
             self.engine.submit(Request([prompt], greedy(n)), seat=slots.acquire(wait=True))

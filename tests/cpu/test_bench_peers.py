@@ -243,7 +243,7 @@ def test_ours_has_so_many_requests_in_flight_and_no_more(monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(transformers_missing() is not None, reason="transformers is not installed")
-def test_transformers_gets_so_many_prompts_at_a_time(tmp_path: Path) -> None:
+def test_transformers_gets_so_many_prompts_at_a_time() -> None:
     with weights_folder(arguments(bench_compare)) as folder:
         (side,) = transformers_sides(folder, "float32", "cpu", 1, ["eager"])
     calls: list[tuple[int, int]] = []
@@ -253,17 +253,18 @@ def test_transformers_gets_so_many_prompts_at_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(llama_cpp_missing() is not None, reason="llama-cpp-python and gguf are not installed")
-def test_llama_cpp_begins_a_sequence_where_another_has_ended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", [0, 1])
+def test_llama_cpp_begins_a_sequence_where_another_has_ended(cache: int, tmp_path: Path) -> None:
     with weights_folder(arguments(bench_compare)) as folder:
         with Engine(folder, EngineConfig(device="cpu", dtype="float32", slots=1), progress=False) as engine:
             expected = [Ours(engine).tokens(p, n) for p, n in zip(PROMPTS, LENGTHS, strict=True)]
-        (side,) = llama_cpp_sides(folder, "float32", tmp_path, 1, 2, 64)
+        side = llama_cpp_sides(folder, "float32", tmp_path, 1, 2, 64)[cache]
     made: list[list[int]] = []
     places: dict[int, list[int]] = {}  # the tokens of the sequence that each place has now
     run = side._run  # type: ignore[attr-defined]
 
     def noting(parts: list[tuple[int, int, list[int]]]) -> list[int]:
-        assert len(parts) <= 2
+        assert len(parts) <= 2 and parts == sorted(parts)
         tokens = run(parts)
         for (place, position, _), token in zip(parts, tokens, strict=True):
             if position == 0:
