@@ -39,32 +39,35 @@ def test_prompts_in_parts(queries_keys: list[tuple[int, int]], side_by_side: boo
 
 DECODING = [(1, 30), (1, 2), (1, 17)]
 BESIDE = [(1, 64), (40, 60), (1, 1), (1, 33), (1, 300), (3, 3), (1, 16), (1, 90)]
-MANY = [(1, 1 + n % 19) for n in range(40)]
+MANY = [(1, n) for n in range(1, 20)]
 
 
 @pytest.mark.parametrize(
-    "queries_keys, gathered, n_gathers, n_alone",
+    "queries_keys, gathered, part, n_gathers, n_alone",
     [
-        (DECODING, 0, 0, 3),
-        (DECODING, 1 << 16, 1, 0),
-        (BESIDE, 0, 0, 8),
-        (BESIDE, 1 << 16, 1, 4),  # the prompts, and what is too long
-        (BESIDE, 1 << 20, 1, 2),
-        (MANY, 1 << 13, 2, 22),
-        (MANY, 1 << 14, 3, 6),
-        (MANY, 1 << 15, 2, 0),
-        (MANY, 1 << 20, 1, 0),
+        (DECODING, 0, 1 << 20, 0, 3),
+        (DECODING, 1 << 14, 1 << 20, 1, 0),
+        (BESIDE, 0, 1 << 20, 0, 8),
+        (BESIDE, 1 << 14, 1 << 20, 1, 4),  # the prompts, and what is too long
+        (BESIDE, 1 << 20, 1 << 20, 1, 2),
+        (BESIDE, 1 << 20, 1 << 13, 2, 3),  # 90 and 64 keys; 33, 16 and 1; 300 beside the prompts
+        (MANY, 1 << 12, 1 << 20, 4, 3),
+        (MANY, 1 << 14, 1 << 20, 2, 0),
+        (MANY, 1 << 20, 1 << 20, 1, 0),
+        (MANY, 1 << 20, 1 << 9, 4, 0),
     ],
 )
 def test_decoding_sequences(
     queries_keys: list[tuple[int, int]],
     gathered: int,
+    part: int,
     n_gathers: int,
     n_alone: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Alone and beside prompts, in parts of so many bytes of keys, some too long to be gathered."""
+    """Alone and beside prompts, in parts of so many bytes of keys and of like length, some too long to be gathered."""
     monkeypatch.setattr("kernels.attention_plan._GATHER_BYTES", gathered)
+    monkeypatch.setattr("kernels.attention_plan._PART_BYTES", part)
     plan = check(queries_keys, side_by_side=False)
     assert plan.cpu is not None
     work = plan.cpu.work(N_KV_HEADS, 4 * N_KV_HEADS * HEAD_DIM)
