@@ -3,7 +3,8 @@ on a card gpt-fast (--gpt-fast DIR) and vLLM (--vllm), where they are asked for.
 
 Subjects: decode of one sequence; 8 and 32 sequences that begin and end together (batch8, batch32), which suits static
 batches best; the prefill of 512 tokens; and, when asked for, 8 and 32 requests in flight out of a queue of unlike ones
-(mixed8, mixed32), as a server has them. A peer whose greedy tokens in fp32 are not ours, on several prompts, computes
+(mixed8, mixed32), as a server has them. transformers' `generate` takes those in batches of 8 or 32, as they come; its
+continuous batching is a peer of its own. A peer whose greedy tokens in fp32 are not ours, on several prompts, computes
 something else, and gets no ratio.
 """
 
@@ -23,6 +24,7 @@ import bench_engines
 import bench_figures
 import bench_model
 import roofline_plot
+from bench_continuous import continuous_peer
 from bench_figures import alternate, beside
 from bench_llama_cpp import llama_cpp_facts
 from bench_machine import machine_title, measure_ceilings
@@ -106,8 +108,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     points: list[roofline_plot.Point] = []
     before = measure_ceilings(args.device, args.dtype)
     with weights_folder(args) as folder, tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-        peers = [transformers_peer(args, folder), llama_cpp_peer(args, folder, Path(scratch))]
+        peers = [transformers_peer(args, folder), continuous_peer(args, folder)]
+        peers += [llama_cpp_peer(args, folder, Path(scratch))]
         peers += bench_engines.asked_for(args, folder, Path(scratch))
+        peers = [peer for peer in peers if peer.only is None or set(peer.only) & set(args.subjects)]
         with (
             peer_sides(args, folder, peers, 32, longest) as (theirs, refused),
             RemoteSides(our_sides, args, 32, longest, args.batch_invariant, folder) as ours,

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import bench_compare
+import bench_continuous
 import bench_engines
 import bench_model
 import bench_peers
@@ -26,7 +27,8 @@ TINY = ModelConfig(64, 2, 4, 2, 16, 128, 320, max_seq_len=128)
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench_model.SHAPES, "110M", TINY)
-    monkeypatch.setattr(bench_peers, "transformers_missing", lambda: "is not installed")
+    for peers in (bench_peers, bench_continuous):
+        monkeypatch.setattr(peers, "transformers_missing", lambda: "is not installed")
     monkeypatch.setattr(bench_peers, "llama_cpp_missing", lambda: "is not installed")
 
 

@@ -16,6 +16,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import bench_compare  # noqa: E402
+import bench_continuous  # noqa: E402
 import bench_latency  # noqa: E402
 import bench_model  # noqa: E402
 import bench_offline  # noqa: E402
@@ -38,7 +39,8 @@ TINY = ModelConfig(64, 2, 4, 4, 16, 128, 320, max_seq_len=256)
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench_model.SHAPES, "tiny", TINY)
-    monkeypatch.setattr(bench_peers, "transformers_missing", lambda: "is not installed")
+    for peers in (bench_peers, bench_continuous):
+        monkeypatch.setattr(peers, "transformers_missing", lambda: "is not installed")
     for subject in (bench_compare, bench_latency, bench_offline):
         monkeypatch.setattr(subject, "RemoteSides", in_this_process)
 
@@ -137,7 +139,7 @@ def test_compare_names_versions_ways_and_refusals(monkeypatch: pytest.MonkeyPatc
     for subject in ("decode", "batch8", "mixed8", "prefill"):
         assert set(found[subject]["medians"]) == {"ours", "copy plain"}
         assert found[subject]["best"] == {"copy": "copy plain"} and "copy plain" in found[subject]["ratios"]
-        assert found[subject]["refused"].keys() == {"other"}
+        assert found[subject]["refused"].keys() == {"other", "transformers-continuous"}
     assert "batch32" not in found
 
 
@@ -224,6 +226,7 @@ def test_a_peer_that_does_one_thing_is_not_asked_for_another(monkeypatch: pytest
 
 
 PROMPTS, LENGTHS = [[5, 6, 7], [8], [9, 10], [11] * 9, [12]], [3, 9, 1, 4, 6]
+CONTINUOUS_MISSING = bench_continuous.continuous_missing("cpu")
 
 
 def test_ours_has_so_many_requests_in_flight_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,6 +253,18 @@ def test_transformers_gets_so_many_prompts_at_a_time() -> None:
     side._generate = lambda prompts, n: calls.append((len(prompts), n))  # type: ignore[attr-defined]
     side.batch(PROMPTS, LENGTHS, 2)
     assert calls == [(2, 9), (2, 4), (1, 6)], "each to its longest output"
+
+
+@pytest.mark.skipif(CONTINUOUS_MISSING is not None, reason=f"transformers' continuous batching {CONTINUOUS_MISSING}")
+def test_continuous_batching_makes_our_tokens() -> None:
+    args = arguments(bench_compare)
+    with weights_folder(args) as folder:
+        with Engine(folder, EngineConfig(device="cpu", dtype="float32", slots=1), progress=False) as engine:
+            expected = [Ours(engine).tokens(p, n) for p, n in zip(PROMPTS, LENGTHS, strict=True)]
+        (side,) = bench_continuous.continuous_sides(folder, "float32", 1, 64)
+    assert isinstance(side, bench_continuous.Continuous)
+    assert side._run(PROMPTS, LENGTHS, 2)[0] == expected
+    assert side.batch(PROMPTS, LENGTHS, 5) > 0
 
 
 @pytest.mark.skipif(llama_cpp_missing() is not None, reason="llama-cpp-python and gguf are not installed")
