@@ -7,6 +7,7 @@ against transformers 5.24.
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def continuous_missing(device: str) -> str | None:
 def continuous_sides(folder: Path, dtype: str, threads: int, context: int) -> list[Side]:
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # it misses psutil, twice a start
     model: Any = transformers.LlamaForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), attn_implementation="eager"
     )
