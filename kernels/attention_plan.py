@@ -31,7 +31,7 @@ _PART_QUERIES = 128
 # in the cores' caches: in a step of 32 with 12 heads of 64 and 95 keys each, 28 ms against 33.
 _GATHER_BYTES = 4 << 20
 _LEAST_GATHERED = 4  # a sequence of which not so many would fit is not gathered
-_PART_BYTES = 512 << 10  # one gather more takes as long as copying so many
+_PART_BYTES = 512 << 10  # of copies, that one gather more has to save
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,15 @@ from bench_continuous import continuous_peer
 from bench_figures import alternate, beside
 from bench_llama_cpp import llama_cpp_facts
 from bench_machine import machine_title, measure_ceilings
-from bench_model import model_config, model_format, model_title, random_prompt, weights_folder
+from bench_model import (
+    LONGEST_UNLIKE,
+    model_config,
+    model_format,
+    model_title,
+    random_prompt,
+    unlike_prompts,
+    weights_folder,
+)
 from bench_peers import llama_cpp_peer, peer_sides, transformers_peer
 from bench_remote import RemoteSides
 from bench_sides import Side, our_sides, transformers_facts
@@ -36,9 +44,8 @@ from roofline import Format, Work, decode_work, prefill_work, serving_work
 
 from llama.config import ModelConfig
 
-SUBJECTS = ("decode", "batch8", "batch32", "prefill", "mixed8", "mixed32")
-USUAL = SUBJECTS[:4]  # a queue takes minutes
-MIXED_PROMPTS = (8, 64)  # tokens
+USUAL = ("decode", "batch8", "batch32", "prefill")
+SUBJECTS = (*USUAL, "mixed8", "mixed32")  # a queue takes minutes
 MIXED_REQUESTS = 4  # for each place in flight; the end, when places stay empty, is part of what is measured
 
 
@@ -79,9 +86,8 @@ def subjects(args: argparse.Namespace, config: ModelConfig, kept: Format) -> dic
         return Subject(lambda side: partial(side.batch, prompts[:n], lengths, n), work, sum(lengths))
 
     def mixed(n: int) -> Subject:
-        requests = range(MIXED_REQUESTS * n)
-        unlike = [random_prompt(config, dice.randint(*MIXED_PROMPTS), dice) for _ in requests]
-        lengths = [dice.randint(max(1, args.tokens // 8), 2 * args.tokens) for _ in requests]
+        unlike = unlike_prompts(config, MIXED_REQUESTS * n, dice)
+        lengths = [dice.randint(max(1, args.tokens // 8), 2 * args.tokens) for _ in unlike]
         isl, osl = round(statistics.mean(map(len, unlike))), round(statistics.mean(lengths))
         work = serving_work(config, kept, n, isl, osl)
         return Subject(lambda side: partial(side.batch, unlike, lengths, n), work, n * osl)
@@ -102,15 +108,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config, kept = model_config(args), model_format(args)
     longest = max(args.prompt_tokens + args.tokens, args.prefill_tokens + 1)
     if not set(args.subjects) <= set(USUAL):
-        longest = max(longest, MIXED_PROMPTS[1] + 2 * args.tokens)
+        longest = max(longest, LONGEST_UNLIKE + 2 * args.tokens)
     versions = {"transformers": transformers_facts(), "llama.cpp": llama_cpp_facts()}
     found: dict[str, Any] = {"model": args.model or args.shape, "dtype": args.dtype, "peers": versions}
     points: list[roofline_plot.Point] = []
     before = measure_ceilings(args.device, args.dtype)
     with weights_folder(args) as folder, tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-        peers = [transformers_peer(args, folder), continuous_peer(args, folder)]
-        peers += [llama_cpp_peer(args, folder, Path(scratch))]
-        peers += bench_engines.asked_for(args, folder, Path(scratch))
+        peers = [
+            transformers_peer(args, folder),
+            continuous_peer(args, folder),
+            llama_cpp_peer(args, folder, Path(scratch)),
+            *bench_engines.asked_for(args, folder, Path(scratch)),
+        ]
         peers = [peer for peer in peers if peer.only is None or set(peer.only) & set(args.subjects)]
         with (
             peer_sides(args, folder, peers, 32, longest) as (theirs, refused),

@@ -10,7 +10,7 @@ from typing import Any
 import bench_figures
 import bench_model
 from bench_figures import alternate, beside
-from bench_model import model_config, model_title, random_prompt
+from bench_model import LONGEST_UNLIKE, model_config, model_title, random_prompt, unlike_prompts
 from bench_remote import RemoteSides
 from bench_sides import our_sides
 
@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config, dice = model_config(args), random.Random(3)
     alone = [random_prompt(config, args.prompt_tokens, dice)]
-    many = [random_prompt(config, dice.randint(8, 64), dice) for _ in range(args.prompts)]
+    many = unlike_prompts(config, args.prompts, dice)
     found: dict[str, Any] = {"model": args.model or args.shape, "dtype": args.dtype}
-    longest = max(args.prompt_tokens, 64) + _NEW
+    longest = max(args.prompt_tokens, LONGEST_UNLIKE) + _NEW
     with (
         RemoteSides(our_sides, args, args.prompts, longest, True) as (exact,),
         RemoteSides(our_sides, args, args.prompts, longest, False) as (fast,),

@@ -22,6 +22,7 @@ from llama.engine import Engine
 from llama.request import SamplingParams
 from llama.setup import find_model
 
+LONGEST_UNLIKE = 64  # tokens of a prompt
 SHAPES = {
     "15M": ModelConfig(288, 6, 6, 6, 48, 768, 32000),
     "110M": ModelConfig(768, 12, 12, 12, 64, 2048, 32000),
@@ -127,3 +128,8 @@ def greedy(n_tokens: int) -> SamplingParams:
 
 def random_prompt(config: ModelConfig, n: int, dice: random.Random) -> list[int]:
     return [1] + [dice.randrange(3, config.vocab_size) for _ in range(n - 1)]
+
+
+def unlike_prompts(config: ModelConfig, count: int, dice: random.Random) -> list[list[int]]:
+    """Of 8 to LONGEST_UNLIKE tokens."""
+    return [random_prompt(config, dice.randint(8, LONGEST_UNLIKE), dice) for _ in range(count)]

@@ -11,7 +11,7 @@ import bench_figures
 import bench_model
 import bench_peers
 from bench_figures import alternate, beside
-from bench_model import model_config, model_title, random_prompt
+from bench_model import model_config, model_title, unlike_prompts
 from bench_peers import transformers_or_none
 from bench_remote import RemoteSides
 from bench_sides import Side, our_sides
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     config, dice = model_config(args), random.Random(2)
-    prompts = [random_prompt(config, dice.randint(8, 64), dice) for _ in range(args.prompts)]
+    prompts = unlike_prompts(config, args.prompts, dice)
     lengths = [min(dice.randint(16, 256), config.max_seq_len - 64) for _ in range(args.prompts)]
     longest = min(320, config.max_seq_len)
     with (
