@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.decode_blocks import DecodeBlocks
 from kernels.transfer import upload
 
 # The twin's tiles in batch-invariant mode: rows of a query tile and keys of a key tile, both counted from position 0.
@@ -129,6 +130,11 @@ class CpuPlan:
         mask = np.where(visible, np.float32(0), np.float32(-np.inf))
         places = torch.from_numpy(self._starts[seqs].astype(np.int64))
         return Gather(places, torch.from_numpy(rows.reshape(-1)), torch.from_numpy(mask)[:, None, None, :])
+
+    @cached_property
+    def blocks(self) -> DecodeBlocks:
+        """For `decode_blocks.attend_blocks`, where every sequence has one query."""
+        return DecodeBlocks.plan(self._lengths, self._tables, self._block_size)
 
     @cached_property
     def tiles(self) -> QueryTiles:

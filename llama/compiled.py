@@ -1,193 +1,51 @@
-"""`CompiledRow`: decode steps of one sequence on the CPU, with a few layers at a time compiled into one function.
+"""What decode steps through torch.compile have in common, on the CPU: how they are compiled, and small parts of a layer.
 
-With one row, a step is the weights' way through memory, and operators cost as much again: their calls, their
-temporaries, and oneDNN's multiply, which reads a matrix at half of what memory gives. torch.compile (Inductor) makes
-one C++ function of several layers, whose loops read each weight once. Activations stay fp32 in it, so 16-bit models are
-rounded less than by the plain path; the same tokens in fp32, near ties aside.
+Operators cost a small step as much as its weights' way through memory: their calls, and what each leaves for the next
+to read. torch.compile (Inductor) makes one C++ function of several layers. Activations stay fp32 in it, so 16-bit
+models are rounded less than by the plain path; in fp32 the same tokens, near ties aside.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from itertools import islice
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama.cache import KVCache
-from llama.model import Block, Transformer
-from llama.scheduler import Plan
-
-log = logging.getLogger("llama")
-
-_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
-    "size_asserts": False,  # of what this file itself hands over; 4 us a call
+_OPTIONS: dict[str, str | int | bool] = {
+    "size_asserts": False,  # of what the callers themselves hand over; 4 us a call
+    "assert_indirect_indexing": False,  # rows of the cache, which the scheduler gave out
     "cpp.enable_floating_point_contract_flag": "fast",
-    # Of what guards check only the number of cached tokens ever changes, for all tensors of a call alike; checking the
-    # rest took 10 us when a call was one layer.
-    "guard_filter_fn": lambda guards: ["cached" in guard.name and guard.name.endswith("[0]") for guard in guards],
 }
-# Inductor compiles sizes 0 and 1 as constants; with this many cached tokens all lengths share one function.
-_MIN_CACHED = 2
-
 # So many layers are one function, as far as their number can be divided: a call takes as long as reading half a
-# megabyte. With 4 instead of 1 a step of 110M takes 3 to 5 per cent less, and compiling 3 seconds more.
+# megabyte. With 4 instead of 1 a one-row step of 110M takes 3 to 5 per cent less, and compiling 3 seconds more.
 _AT_ONCE = (4, 3, 2, 1)
 
-# (x, weights of each layer, cos_sin, keys and values of each) -> x, the new token's, and what is returned to be stored
-Layers = Callable[[Tensor, list[list[Tensor]], Tensor, list[Tensor]], tuple[Tensor, ...]]
 
+def compile_apart(function: Any, is_checked: Callable[[str], bool]) -> Any:
+    """The function compiled, with guards only of those names that are to be checked before every call.
 
-class CompiledRow:
-    """model: with the rows of its weights (`keep_rows`). Constructing it compiles, for some seconds to a minute.
-
-    All of it under torch.inference_mode, the making of the cache as well: for tensors of another kind, or views of
-    them, torch.compile would compile once more, and the first request would wait for that.
+    It gets code of its own: Dynamo counts compilations by code object, and refuses a ninth engine.
     """
-
-    def __init__(self, model: Transformer, cache: KVCache) -> None:
-        self.model, self.cache = model, cache
-        self._layers: Layers = torch.compile(_apart(_layers_of(model)), fullgraph=True, options=_OPTIONS)
-        self._head = torch.compile(_apart(_head_of(model)), fullgraph=True, options=_OPTIONS)
-        n = next(n for n in _AT_ONCE if len(model.blocks) % n == 0)
-        weights = [_weights(block) for block in model.blocks]
-        self._weights = [weights[i : i + n] for i in range(0, len(weights), n)]
-        self._lm_head = model.lm_head.one_row
-        self._rows = cache.whole.flatten(0, 1).flatten(1, 2)  # [2 * n_layers, tokens, n_kv_heads, head_dim], k then v
-        cached = list(self._rows.new_zeros((2 * n, _MIN_CACHED + 1, *self._rows.shape[2:])).unbind(0))
-        for keys_or_values in cached:
-            torch._dynamo.mark_dynamic(keys_or_values, 0)
-        x = model.embedding[0].to(torch.float32, copy=True)
-        x = self._layers(x, self._weights[0], model.cos_sin[0], cached)[0]
-        self._head(x, model.norm, self._lm_head)
-
-    def serves(self, plan: Plan) -> bool:
-        """Whether the plan is a decode of one sequence whose token the host knows."""
-        if len(plan.seqs) != 1 or plan.counts[0] != 1 or not plan.yields[0]:
-            return False
-        return _MIN_CACHED <= plan.firsts[0] < len(plan.seqs[0].token_ids)
-
-    def run(self, plan: Plan) -> Tensor:
-        """Logits [1, vocab_size] fp32."""
-        seq, size = plan.seqs[0], self.cache.block_size
-        at, table = plan.firsts[0], seq.block_table
-        row = table[at // size] * size + at % size
-        first, n_blocks = table[0], -(-at // size)
-        if table[:n_blocks] == list(range(first, first + n_blocks)):
-            cached = iter(self._rows[:, first * size : first * size + at].unbind(0))
-        else:
-            scattered = (torch.tensor(table[:n_blocks])[:, None] * size + torch.arange(size)).flatten()[:at]
-            cached = (rows.index_select(0, scattered) for rows in self._rows)  # copies of one call at a time
-        cos_sin = self.model.cos_sin[at]
-        x = self.model.embedding[seq.token_ids[at]].to(torch.float32, copy=True)  # a view would be compiled for anew
-        new: list[Tensor] = []
-        for weights in self._weights:
-            x, made, *_ = self._layers(x, weights, cos_sin, list(islice(cached, 2 * len(weights))))
-            new.append(made)
-        self._rows[:, row] = torch.cat(new)
-        return self._head(x, self.model.norm, self._lm_head)[0]
-
-
-def compile_row(model: Transformer, cache: KVCache) -> CompiledRow | None:
-    """None, and a warning in the log, where torch.compile does not work: most often for want of a C++ compiler."""
-    log.info("compiling one-row decode steps; the first time on a machine this takes up to a minute")
-    try:
-        return CompiledRow(model, cache)
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        log.warning("compile=True: torch.compile failed, steps run operator by operator: %s", reason)
-        return None
-
-
-def _apart(function: Any) -> Any:
-    """The same function with code of its own: Dynamo counts compilations by code object, and refuses a ninth engine."""
     code = function.__code__.replace()
-    return FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+    own = FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+    guards = {"guard_filter_fn": lambda found: [is_checked(guard.name) for guard in found]}
+    return torch.compile(own, fullgraph=True, options=_OPTIONS | guards)  # type: ignore[arg-type]
 
 
-def _weights(block: Block) -> list[Tensor]:
-    matrices = (block.qkv_proj, block.o_proj, block.gate_up_proj, block.down_proj)
-    return [block.attn_norm, block.mlp_norm, *(matrix.one_row for matrix in matrices)]
+def layers_at_once(n_layers: int) -> int:
+    """How many of them become one function."""
+    return next(n for n in _AT_ONCE if n_layers % n == 0)
 
 
-def _layers_of(model: Transformer) -> Layers:
-    """Some layers on one row. x: [dim] fp32. cos_sin: [head_dim]. cached: keys, then values, of each layer, [n,
-    n_kv_heads, head_dim] fp32, of the tokens before. Returns x, the same of the new token, [2 * layers, n_kv_heads,
-    head_dim], and what several loops read: Inductor stores what it returns, and would compute the rest anew for every
-    row of a weight.
-    """
-    config = model.config
-    eps, head_dim, n_kv_heads = config.norm_eps, config.head_dim, config.n_kv_heads
-    q_dim, kv_dim, ffn_dim, group = config.q_dim, config.kv_dim, config.ffn_dim, config.n_heads // config.n_kv_heads
-    scale = head_dim**-0.5
-
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        first, second = x.view(-1, 2, head_dim // 2).unbind(1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        q = q.view(n_kv_heads, group, head_dim)
-        scores = (keys.unsqueeze(2) * q).sum(-1)  # [n, n_kv_heads, group]
-        own = (k.unsqueeze(1) * q).sum(-1)
-        top = torch.maximum(scores.amax(0), own)
-        part, own_part = torch.exp(scores - top), torch.exp(own - top)
-        total = part.sum(0) + own_part
-        mixed = (part.unsqueeze(-1) * values.unsqueeze(2)).sum(0) + own_part.unsqueeze(-1) * v.unsqueeze(1)
-        return (mixed / total.unsqueeze(-1)).view(-1), part
-
-    def layer(
-        x: Tensor, weights: list[Tensor], cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, ...]:
-        attn_norm, mlp_norm, qkv_proj, o_proj, gate_up_proj, down_proj = weights
-        h = _norm(x, attn_norm, eps)
-        q, k, v = _multiply(qkv_proj, h).split([q_dim, kv_dim, kv_dim])
-        q, k, v = rotate(q, cos, sin) * scale, rotate(k, cos, sin), v.view(n_kv_heads, head_dim)
-        attended, part = attend(q, k, v, keys, values)
-        x = x + _multiply(o_proj, attended)
-        h2 = _norm(x, mlp_norm, eps)
-        gate, up = _multiply(gate_up_proj, h2).split([ffn_dim, ffn_dim])
-        act = gate / (1 + torch.exp(-gate)) * up
-        return x + _multiply(down_proj, act), k, v, h, q, part, attended, h2, act
-
-    def layers(x: Tensor, weights: list[list[Tensor]], cos_sin: Tensor, cached: list[Tensor]) -> tuple[Tensor, ...]:
-        cos, sin = cos_sin.chunk(2)
-        new: list[Tensor] = []
-        stored: list[Tensor] = []
-        for i, own in enumerate(weights):
-            stored.append(x)
-            x, k, v, *more = layer(x, own, cos, sin, cached[2 * i], cached[2 * i + 1])
-            new += k, v
-            stored += more
-        return x, torch.stack(new), *stored[1:]
-
-    return layers
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: [..., dim] fp32. Returns the same."""
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight.float()
 
 
-def _head_of(model: Transformer) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
-    eps = model.config.norm_eps
-
-    def head(x: Tensor, norm: Tensor, lm_head: Tensor) -> tuple[Tensor, ...]:
-        h = _norm(x, norm, eps)
-        return _multiply(lm_head, h).unsqueeze(0), h
-
-    return head
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt((x * x).mean() + eps) * weight.float()
-
-
-def _multiply(weight: Tensor, x: Tensor) -> Tensor:
-    """weight [n, k] @ x [k], written as the loop that Inductor makes of it; as a matmul it would go to oneDNN.
-
-    An int32 weight is one of `kernels.linear_weight.pair_columns`: a shift or a mask makes 16 fp32 numbers of a whole
-    vector register, where widening bf16 takes half a register and more instructions. From memory it is twice as fast.
-    """
-    if weight.dtype != torch.int32:
-        return (weight.float() * x).sum(-1)
-    half = weight.shape[1]
-    left, right = (weight << 16).view(torch.float32), (weight & -65536).view(torch.float32)
-    return (left * x[:half] + right * x[half:]).sum(-1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [..., heads, head_dim] fp32. cos, sin: [..., head_dim / 2], to be broadcast. Returns the same shape as x."""
+    first, second = x.unflatten(-1, (2, -1)).unbind(-2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -6,7 +6,7 @@ step before has not delivered yet are taken over on the device. So the next step
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,8 @@ import torch
 import kernels
 from llama.batch import Batch, LastStep
 from llama.cache import KVCache
-from llama.compiled import CompiledRow
+from llama.compiled_batch import CompiledBatch
+from llama.compiled_row import CompiledRow
 from llama.graphs import DecodeGraphs
 from llama.model import Transformer
 from llama.sampler import Report, Sampled, Sampler, report_logprobs
@@ -104,7 +105,7 @@ class Runner:
         cache: KVCache,
         device: torch.device,
         graphs: DecodeGraphs | None = None,
-        compiled: CompiledRow | None = None,
+        compiled: Collection[CompiledRow | CompiledBatch] = (),
         threads: int = 1,
         one_thread_rows: int = 0,
     ) -> None:
@@ -126,8 +127,9 @@ class Runner:
         if self.graphs is not None and self.graphs.serves(plan):
             places = list(range(len(plan.seqs)))
             logits = self.graphs.run(plan, self._last)
-        elif self.compiled is not None and self.compiled.serves(plan):
-            places, logits = [0], self.compiled.run(plan)
+        elif (compiled := next((steps for steps in self.compiled if steps.serves(plan)), None)) is not None:
+            places = list(range(len(plan.seqs)))
+            logits = compiled.run(plan)
         else:
             wanted = wanted_rows(plan)
             places = wanted.sampled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +11,16 @@ import torch
 import kernels
 from llama.cache import KVCache, MemoryPlan, plan_memory
 from llama.checkpoint import load_parameters, read_config, tokenizer_file
-from llama.compiled import compile_row
+from llama.compiled_batch import CompiledBatch
+from llama.compiled_row import CompiledRow
 from llama.config import EngineConfig, ModelConfig
 from llama.errors import ConfigError, TokenizerError
 from llama.graphs import DecodeGraphs, capture_cuda
 from llama.model import Transformer, random_parameters
 from llama.runner import Runner
 from llama.tokenizer import Tokenizer
+
+log = logging.getLogger("llama")
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -93,12 +97,27 @@ def build_runner(setup: Setup, progress: bool) -> Runner:
         graphs = DecodeGraphs(model, cache, device, setup.max_seq_len, setup.config.max_batch_seqs, capture_cuda())
         with torch.inference_mode():
             graphs.capture_all(up_to=setup.config.slots)
-    compiled = None
-    if setup.config.compile:
-        torch.set_num_threads(1 if setup.one_thread_rows else setup.threads)  # the number is compiled in
-        with torch.inference_mode():
-            compiled = compile_row(model, cache)
+    compiled = _compile(setup, model, cache) if setup.config.compile else []
     return Runner(model, cache, device, graphs, compiled, setup.threads, setup.one_thread_rows)
+
+
+def _compile(setup: Setup, model: Transformer, cache: KVCache) -> list[CompiledRow | CompiledBatch]:
+    """Nothing, and a warning in the log, where torch.compile does not work: most often for want of a C++ compiler.
+
+    Under inference_mode, as the cache was made: tensors of another kind would be compiled for once more, while the first
+    request waits.
+    """
+    log.info("compiling decode steps; the first time on a machine this takes up to a minute")
+    try:
+        with torch.inference_mode():
+            torch.set_num_threads(1 if setup.one_thread_rows else setup.threads)  # the number is compiled in
+            row = CompiledRow(model, cache)
+            torch.set_num_threads(setup.threads)
+            return [row, CompiledBatch(model, cache)]
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        log.warning("compile=True: torch.compile failed, steps run operator by operator: %s", reason)
+        return []
 
 
 def find_model(model: str | Path) -> Path:

@@ -17,7 +17,7 @@ from kernels.linear_weight import pair_columns
 from kernels.pages import on_large_pages, zeros_on_large_pages
 from llama.batch import Batch
 from llama.cache import KVCache, plan_memory
-from llama.compiled import CompiledRow
+from llama.compiled_row import CompiledRow
 from llama.config import EngineConfig, ModelConfig
 from llama.engine import Completion, Engine
 from llama.errors import ConfigError

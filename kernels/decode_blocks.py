@@ -1,0 +1,103 @@
+"""Attention of decoding sequences block by block, for torch.compile: `DecodeBlocks` is the plan, `attend_blocks` the sums.
+
+Each block of a sequence's keys is attended to by itself, and what its blocks give is put together (as FlashDecoding does it:
+Dao et al., 2023). So the blocks of all sequences are one dimension, whatever their lengths, every sum over tokens has the
+same number of terms, and Inductor makes loops of it that read keys and values where they lie, once, as fast as memory
+gives them. Run without a compiler it copies every block: the same numbers, slowly.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# The score of a token that is not to be seen. Finite, so that a block without any is worth nothing, and not NaN.
+_UNSEEN = -1e30
+# fp32 numbers of a vector register with AVX-512; with narrower ones a loop takes two for one.
+_LANES = 16
+
+
+class DecodeBlocks(NamedTuple):
+    """The blocks in use by sequences of one query each, one sequence's behind the other's, and a last one of nobody.
+
+    rows: [n_blocks + 1, block_size] int64, each token's row in the cache; row 0 past the end of a sequence.
+    seen: [n_blocks + 1, block_size] bool, False past the end. owners: [n_blocks + 1] int64, the block's sequence.
+    tables: [n_seqs, most] int64, at least 2 wide: the numbers of a sequence's blocks, then nobody's, n_blocks.
+    """
+
+    rows: Tensor
+    seen: Tensor
+    owners: Tensor
+    tables: Tensor
+
+    @classmethod
+    def plan(cls, seqlens_k: np.ndarray, block_tables: np.ndarray, block_size: int) -> DecodeBlocks:
+        """seqlens_k: [n_seqs] int32 >= 1. block_tables: [n_seqs, width] int32."""
+        counts = -(-seqlens_k // block_size)
+        n_seqs, n_blocks, most = len(counts), int(counts.sum()), int(counts.max())
+        owners = np.append(np.repeat(np.arange(n_seqs), counts), 0)
+        places = np.append(np.arange(n_blocks) - np.repeat(np.cumsum(counts) - counts, counts), most)
+        tokens = np.arange(block_size)
+        seen = places[:, None] * block_size + tokens < seqlens_k[owners][:, None]
+        seen[-1] = False
+        blocks = np.append(block_tables[owners[:-1], places[:-1]], 0).astype(np.int64)
+        rows = np.where(seen, blocks[:, None] * block_size + tokens, 0)
+        tables = np.full((n_seqs, max(most, 2)), n_blocks)
+        tables[owners[:-1], places[:-1]] = np.arange(n_blocks)
+        return cls(*(torch.from_numpy(array) for array in (rows, seen, owners, tables)))
+
+
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: DecodeBlocks, scale: float) -> tuple[Tensor, list[Tensor]]:
+    """`kernels.paged_attention` of one query a sequence. q: [n_seqs, n_heads, head_dim] fp32, rotated. k, v: the cache's
+    rows [num_blocks * block_size, n_kv_heads, head_dim] fp32.
+
+    Returns [n_seqs, n_heads, head_dim] fp32, and what a compiled function should return as well: Inductor stores what it returns, and would
+    compute the rest anew for everything that reads it.
+    """
+    n_seqs, n_heads, head_dim = q.shape
+    q = (q * scale).view(n_seqs, k.shape[1], -1, head_dim)
+    scores = (k[blocks.rows].unsqueeze(3) * q[blocks.owners].unsqueeze(1)).sum(-1)
+    scores = torch.where(blocks.seen[:, :, None, None], scores, _UNSEEN)  # [blocks, tokens, n_kv_heads, group]
+    top, part, total, stored = _exponents(scores.flatten(2))
+    mixed = _mix(part.view_as(scores), v, blocks.rows).view(-1, n_heads, head_dim)
+
+    tops = top[blocks.tables]  # [n_seqs, most, n_heads]
+    share = torch.exp(tops - tops.amax(1, keepdim=True))
+    whole = (share * total[blocks.tables]).sum(1)
+    out = (share.unsqueeze(-1) * mixed[blocks.tables]).sum(1) / whole.unsqueeze(-1)
+    return out, [q, scores, part, share, *stored]
+
+
+def _exponents(scores: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """scores: [blocks, tokens, heads]. Returns each block's maximum [blocks, heads], exp(scores - it), the sum of those
+    over tokens, and what is to be stored.
+
+    Heads that do not fill vector registers are taken several tokens at a time: 12 heads took eight times as long.
+    """
+    n_blocks, tokens, heads = scores.shape
+    fold = _LANES // math.gcd(heads, _LANES)
+    if tokens % fold:
+        fold = 1
+    wide = scores.view(n_blocks, tokens // fold, fold * heads)
+    top = wide.amax(1).view(n_blocks, fold, heads).amax(1)
+    tops = top.unsqueeze(1).expand(-1, fold, -1).reshape(n_blocks, 1, fold * heads)
+    part = torch.exp(wide - tops)
+    total = part.sum(1).view(n_blocks, fold, heads).sum(1)
+    return top, part, total, [tops]
+
+
+def _mix(part: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+    """part: [blocks, tokens, n_kv_heads, group]. v: [cache rows, n_kv_heads, head_dim]. Returns each block's values
+    weighted by its part and summed over tokens, [blocks, n_kv_heads, group, head_dim].
+
+    Vector by vector of a head, so that all its sums are one loop, which reads the head's values of a token together.
+    """
+    n_kv_heads, head_dim = v.shape[1:]
+    lanes = math.gcd(head_dim, _LANES)
+    vectors = v.view(-1, n_kv_heads, head_dim // lanes, lanes).unbind(2)
+    sums = [(part.unsqueeze(-1) * vector[rows].unsqueeze(3)).sum(1) for vector in vectors]
+    return torch.stack(sums, dim=3)

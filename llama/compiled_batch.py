@@ -1,0 +1,137 @@
+"""`CompiledBatch`: decode steps of several sequences on the CPU, with a few layers at a time compiled into one function.
+
+oneDNN multiplies, as on the plain path; what lies between two multiplications is one or two loops, and attention reads
+the cache where it lies (`kernels.decode_blocks`), where the plain path copies the keys of short sequences together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import LinearWeight
+from kernels.decode_blocks import DecodeBlocks, attend_blocks
+from kernels.packed_linear import packed_linear
+from llama.batch import Batch
+from llama.cache import KVCache
+from llama.compiled import compile_apart, layers_at_once, norm, rotate
+from llama.model import Block, Transformer
+from llama.scheduler import Plan
+
+# (x, weights of each layer, cos_sin, positions, kv_index, keys and values of each, blocks) -> x, and what is to be stored
+Layers = Callable[
+    [Tensor, list[list[Tensor]], Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]], DecodeBlocks], tuple[Tensor, ...]
+]
+
+
+class CompiledBatch:
+    """Constructing it compiles, for some seconds to half a minute, under torch.inference_mode (`CompiledRow`)."""
+
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+        self._layers: Layers = compile_apart(_layers_of(model), _is_checked)
+        self._head = compile_apart(_head_of(model), _is_checked)
+        n = layers_at_once(len(model.blocks))
+        weights = [_weights(block) for block in model.blocks]
+        cached = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(cache.k, cache.v, strict=True)]
+        self._groups = [(weights[i : i + n], cached[i : i + n]) for i in range(0, len(weights), n)]
+        self._compile()
+
+    def _compile(self) -> None:
+        """Once, for all numbers of sequences and of blocks. Those that were equal here would be taken for the same."""
+        n_seqs, size = 3, self.cache.block_size
+        lengths = np.array([2, 4, 5], np.int32) * size
+        blocks = DecodeBlocks.plan(lengths, np.ones((n_seqs, 5), np.int32), size)
+        positions, kv_index = torch.arange(n_seqs), torch.full((n_seqs,), size)
+        x = torch.zeros((n_seqs, self.model.config.dim))  # gives keys and values of 0, which is what the cache holds
+        for tensor in (x, positions, kv_index, *blocks):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        torch._dynamo.mark_dynamic(blocks.tables, 1)
+        weights, cached = self._groups[0]
+        x = self._layers(x, weights, self.model.cos_sin, positions, kv_index, cached, blocks)[0]
+        torch._dynamo.mark_dynamic(x, 0)
+        self._head(x, self.model.norm, self.model.lm_head.data)
+
+    def serves(self, plan: Plan) -> bool:
+        """Whether the plan is a decode of several sequences whose tokens the host knows."""
+        if len(plan.seqs) < 2 or plan.n_tokens != len(plan.seqs) or not all(plan.yields):
+            return False
+        return all(first < len(seq.token_ids) for seq, first in zip(plan.seqs, plan.firsts, strict=True))
+
+    def run(self, plan: Plan) -> Tensor:
+        """Logits [n_seqs, vocab_size] fp32."""
+        model = self.model
+        batch = Batch.from_plan(plan, [], self.cache.block_size, model.embedding.device)
+        assert batch.attention.cpu is not None
+        blocks = batch.attention.cpu.blocks
+        x = F.embedding(batch.token_ids, model.embedding).float()
+        for weights, cached in self._groups:
+            x = self._layers(x, weights, model.cos_sin, batch.positions, batch.kv_index, cached, blocks)[0]
+        logits: Tensor = self._head(x, model.norm, model.lm_head.data)
+        return logits
+
+
+def _is_checked(name: str) -> bool:
+    """Nothing: the dtypes never change, nor any size that was not called dynamic."""
+    return False
+
+
+def _weights(block: Block) -> list[Tensor]:
+    matrices = (block.qkv_proj, block.o_proj, block.gate_up_proj, block.down_proj)
+    return [block.attn_norm, block.mlp_norm, *(matrix.data for matrix in matrices)]
+
+
+def _layers_of(model: Transformer) -> Layers:
+    """Some layers on one row of each sequence. x: [n_seqs, dim] fp32. cos_sin: the model's. positions, kv_index:
+    [n_seqs] int64. cached: keys and values of each layer, as rows of the cache; written in place. Returns x and what Inductor is to store.
+    """
+    config, block = model.config, model.blocks[0]  # all layers have one shape
+    eps, head_dim = config.norm_eps, config.head_dim
+    q_dim, kv_dim, scale = config.q_dim, config.kv_dim, config.head_dim**-0.5
+    qkv_of, o_of, gate_up_of, down_of = (
+        _multiplier(model, matrix) for matrix in (block.qkv_proj, block.o_proj, block.gate_up_proj, block.down_proj)
+    )
+
+    def layers(
+        x: Tensor,
+        weights: list[list[Tensor]],
+        cos_sin: Tensor,
+        positions: Tensor,
+        kv_index: Tensor,
+        cached: list[tuple[Tensor, Tensor]],
+        blocks: DecodeBlocks,
+    ) -> tuple[Tensor, ...]:
+        cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, -1)
+        stored: list[Tensor] = []
+        for (attn_norm, mlp_norm, qkv_proj, o_proj, gate_up_proj, down_proj), (keys, values) in zip(weights, cached):
+            qkv = qkv_of(norm(x, attn_norm, eps), qkv_proj)
+            q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in qkv.split([q_dim, kv_dim, kv_dim], -1))
+            keys.index_put_((kv_index,), rotate(k, cos, sin))
+            values.index_put_((kv_index,), v)
+            attended, parts = attend_blocks(rotate(q, cos, sin), keys, values, blocks, scale)
+            stored += parts
+            x = x + o_of(attended.flatten(1), o_proj)
+            gate, up = gate_up_of(norm(x, mlp_norm, eps), gate_up_proj).chunk(2, -1)
+            x = x + down_of(gate / (1 + torch.exp(-gate)) * up, down_proj)
+        return x, *stored
+
+    return layers
+
+
+def _head_of(model: Transformer) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    eps, logits_of = model.config.norm_eps, _multiplier(model, model.lm_head)
+
+    def head(x: Tensor, weight: Tensor, lm_head: Tensor) -> Tensor:
+        return logits_of(norm(x, weight, eps), lm_head)
+
+    return head
+
+
+def _multiplier(model: Transformer, matrix: LinearWeight) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x fp32, `data` of a weight like this one) -> their product in fp32, multiplied in the model's dtype."""
+    dtype, multiply = model.embedding.dtype, packed_linear if matrix.blocked else F.linear
+    return lambda x, weight: multiply(x.to(dtype), weight).float()
