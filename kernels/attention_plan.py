@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.decode_blocks import DecodeBlocks
+from kernels.block_attention import QueryBlocks
 from kernels.transfer import upload
 
 # The twin's tiles in batch-invariant mode: rows of a query tile and keys of a key tile, both counted from position 0.
@@ -132,9 +132,12 @@ class CpuPlan:
         return Gather(places, torch.from_numpy(rows.reshape(-1)), torch.from_numpy(mask)[:, None, None, :])
 
     @cached_property
-    def blocks(self) -> DecodeBlocks:
-        """For `decode_blocks.attend_blocks`, where every sequence has one query."""
-        return DecodeBlocks.plan(self._lengths, self._tables, self._block_size)
+    def blocks(self) -> QueryBlocks:
+        """For `attend_blocks`."""
+        n_queries = np.diff(self._starts)
+        owners = np.repeat(np.arange(len(n_queries)), n_queries)
+        after = self._starts[1:][owners] - np.arange(len(owners)) - 1  # later queries of the same sequence
+        return QueryBlocks.plan(self._lengths[owners] - after, self._tables[owners], self._block_size)
 
     @cached_property
     def tiles(self) -> QueryTiles:

@@ -25,5 +25,5 @@ def _shape(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def packed_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T. x: [rows, k]. weight: `LinearWeight.data` of one that is `blocked`. Returns [rows, n] of x's dtype."""
+    """x @ weight.T. x: [rows, k]. weight: `data` of a `blocked` LinearWeight. Returns [rows, n] of x's dtype."""
     return torch.ops.llama.packed_linear(x, weight)

@@ -1,4 +1,4 @@
-"""What decode steps through torch.compile have in common, on the CPU: how they are compiled, and small parts of a layer.
+"""What steps through torch.compile have in common, on the CPU: how they are compiled, and small parts of a layer.
 
 Operators cost a small step as much as its weights' way through memory: their calls, and what each leaves for the next
 to read. torch.compile (Inductor) makes one C++ function of several layers. Activations stay fp32 in it, so 16-bit
@@ -7,6 +7,7 @@ models are rounded less than by the plain path; in fp32 the same tokens, near ti
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -22,17 +23,19 @@ _OPTIONS: dict[str, str | int | bool] = {
 # So many layers are one function, as far as their number can be divided: a call takes as long as reading half a
 # megabyte. With 4 instead of 1 a one-row step of 110M takes 3 to 5 per cent less, and compiling 3 seconds more.
 _AT_ONCE = (4, 3, 2, 1)
+_numbers = itertools.count()
 
 
-def compile_apart(function: Any, is_checked: Callable[[str], bool]) -> Any:
-    """The function compiled, with guards only of those names that are to be checked before every call.
+def compile_apart(function: Any, is_checked: Callable[[str, str], bool]) -> Any:
+    """The function compiled, with guards only of those (name, type) that are to be checked before every call.
 
-    It gets code of its own: Dynamo counts compilations by code object, and refuses a ninth engine.
+    It gets code of its own, since Dynamo counts compilations by code object and refuses a ninth engine; and a name of its
+    own, since Dynamo notes by name which sizes differ between calls: a second model's would be sizes that may change.
     """
-    code = function.__code__.replace()
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     own = FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
-    guards = {"guard_filter_fn": lambda found: [is_checked(guard.name) for guard in found]}
-    return torch.compile(own, fullgraph=True, options=_OPTIONS | guards)  # type: ignore[arg-type]
+    guards = {"guard_filter_fn": lambda found: [is_checked(guard.name, guard.guard_type) for guard in found]}
+    return torch.compile(own, fullgraph=True, options=_OPTIONS | guards)
 
 
 def layers_at_once(n_layers: int) -> int:

@@ -1,7 +1,7 @@
 """`CompiledRow`: decode steps of one sequence on the CPU, with a few layers at a time compiled into one function.
 
-With one row, a step is the weights' way through memory, of which oneDNN's multiply gets half. Here the loops that Inductor
-makes read each weight once, row by row.
+With one row, a step is the weights' way through memory, and oneDNN's multiply reads at half of what memory gives. The
+loops that Inductor makes read each weight once, row by row.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class CompiledRow:
         return self._head(x, self.model.norm, self._lm_head)[0]
 
 
-def _is_length(name: str) -> bool:
+def _is_length(name: str, guard_type: str) -> bool:
     """Of what guards check only the number of cached tokens ever changes, for all tensors of a call alike."""
     return "cached" in name and name.endswith("[0]")
 

@@ -127,19 +127,20 @@ class Runner:
         if self.graphs is not None and self.graphs.serves(plan):
             places = list(range(len(plan.seqs)))
             logits = self.graphs.run(plan, self._last)
-        elif (compiled := next((steps for steps in self.compiled if steps.serves(plan)), None)) is not None:
-            places = list(range(len(plan.seqs)))
-            logits = compiled.run(plan)
         else:
             wanted = wanted_rows(plan)
             places = wanted.sampled
-            hidden = self._forward(plan, wanted)
-            row = len(places)
-            for seq, begin, n in wanted.prompts:
-                prompts += self._report_prompt(seq, begin, hidden[row : row + n])
-                row += n
-            if places:
-                logits = self.model.logits(hidden[: len(places)])
+            compiled = next((steps for steps in self.compiled if not wanted.prompts and steps.serves(plan)), None)
+            if compiled is not None:
+                logits = compiled.run(plan)
+            else:
+                hidden = self._forward(plan, wanted)
+                row = len(places)
+                for seq, begin, n in wanted.prompts:
+                    prompts += self._report_prompt(seq, begin, hidden[row : row + n])
+                    row += n
+                if places:
+                    logits = self.model.logits(hidden[: len(places)])
         self._last = None
         if logits is not None:
             seqs = [plan.seqs[i] for i in places]

@@ -104,8 +104,8 @@ def build_runner(setup: Setup, progress: bool) -> Runner:
 def _compile(setup: Setup, model: Transformer, cache: KVCache) -> list[CompiledRow | CompiledBatch]:
     """Nothing, and a warning in the log, where torch.compile does not work: most often for want of a C++ compiler.
 
-    Under inference_mode, as the cache was made: tensors of another kind would be compiled for once more, while the first
-    request waits.
+    Under inference_mode, as the cache was made: for tensors of another kind torch.compile would compile once more, and
+    the first request would wait for that.
     """
     log.info("compiling decode steps; the first time on a machine this takes up to a minute")
     try:

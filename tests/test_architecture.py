@@ -30,6 +30,8 @@ LLAMA = [
     "llama.sampler",
     "llama.graphs",
     "llama.compiled",
+    "llama.compiled_row",
+    "llama.compiled_batch",
     "llama.runner",
     "llama.setup",
     "llama.slots",

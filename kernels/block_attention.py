@@ -1,8 +1,8 @@
-"""Attention of decoding sequences block by block, for torch.compile: `DecodeBlocks` is the plan, `attend_blocks` the sums.
+"""Attention block by block, for torch.compile: `QueryBlocks` is the plan, `attend_blocks` the sums.
 
-Each block of a sequence's keys is attended to by itself, and what its blocks give is put together (as FlashDecoding does it:
-Dao et al., 2023). So the blocks of all sequences are one dimension, whatever their lengths, every sum over tokens has the
-same number of terms, and Inductor makes loops of it that read keys and values where they lie, once, as fast as memory
+Every query attends to each block of its keys by itself, and what the blocks give is put together (as FlashDecoding does
+it: Dao et al., 2023). So the blocks of all queries are one dimension, whatever their lengths, every sum over tokens
+has the same number of terms, and Inductor makes loops of it that read keys and values where they lie, as fast as memory
 gives them. Run without a compiler it copies every block: the same numbers, slowly.
 """
 
@@ -21,12 +21,12 @@ _UNSEEN = -1e30
 _LANES = 16
 
 
-class DecodeBlocks(NamedTuple):
-    """The blocks in use by sequences of one query each, one sequence's behind the other's, and a last one of nobody.
+class QueryBlocks(NamedTuple):
+    """The blocks that each query sees, one query's behind the other's, and a last one that nobody sees.
 
-    rows: [n_blocks + 1, block_size] int64, each token's row in the cache; row 0 past the end of a sequence.
-    seen: [n_blocks + 1, block_size] bool, False past the end. owners: [n_blocks + 1] int64, the block's sequence.
-    tables: [n_seqs, most] int64, at least 2 wide: the numbers of a sequence's blocks, then nobody's, n_blocks.
+    rows: [n_blocks + 1, block_size] int64, each token's row in the cache; row 0 where it is not seen.
+    seen: [n_blocks + 1, block_size] bool. owners: [n_blocks + 1] int64, the block's query.
+    tables: [n_queries, most] int64, at least 2 wide: the numbers of a query's blocks, then nobody's, n_blocks.
     """
 
     rows: Tensor
@@ -35,37 +35,37 @@ class DecodeBlocks(NamedTuple):
     tables: Tensor
 
     @classmethod
-    def plan(cls, seqlens_k: np.ndarray, block_tables: np.ndarray, block_size: int) -> DecodeBlocks:
-        """seqlens_k: [n_seqs] int32 >= 1. block_tables: [n_seqs, width] int32."""
-        counts = -(-seqlens_k // block_size)
-        n_seqs, n_blocks, most = len(counts), int(counts.sum()), int(counts.max())
-        owners = np.append(np.repeat(np.arange(n_seqs), counts), 0)
+    def plan(cls, n_keys: np.ndarray, block_tables: np.ndarray, block_size: int) -> QueryBlocks:
+        """n_keys: [n_queries] int32 >= 1, seen by each. block_tables: [n_queries, width] int32, where they lie."""
+        counts = -(-n_keys // block_size)
+        n_queries, n_blocks, most = len(counts), int(counts.sum()), int(counts.max())
+        owners = np.append(np.repeat(np.arange(n_queries), counts), 0)
         places = np.append(np.arange(n_blocks) - np.repeat(np.cumsum(counts) - counts, counts), most)
         tokens = np.arange(block_size)
-        seen = places[:, None] * block_size + tokens < seqlens_k[owners][:, None]
+        seen = places[:, None] * block_size + tokens < n_keys[owners][:, None]
         seen[-1] = False
         blocks = np.append(block_tables[owners[:-1], places[:-1]], 0).astype(np.int64)
         rows = np.where(seen, blocks[:, None] * block_size + tokens, 0)
-        tables = np.full((n_seqs, max(most, 2)), n_blocks)
+        tables = np.full((n_queries, max(most, 2)), n_blocks)
         tables[owners[:-1], places[:-1]] = np.arange(n_blocks)
         return cls(*(torch.from_numpy(array) for array in (rows, seen, owners, tables)))
 
 
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: DecodeBlocks, scale: float) -> tuple[Tensor, list[Tensor]]:
-    """`kernels.paged_attention` of one query a sequence. q: [n_seqs, n_heads, head_dim] fp32, rotated. k, v: the cache's
-    rows [num_blocks * block_size, n_kv_heads, head_dim] fp32.
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: QueryBlocks, scale: float) -> tuple[Tensor, list[Tensor]]:
+    """q: [n_queries, n_heads, head_dim] fp32, rotated. k, v: the cache's rows [num_blocks * block_size, n_kv_heads,
+    head_dim] fp32.
 
-    Returns [n_seqs, n_heads, head_dim] fp32, and what a compiled function should return as well: Inductor stores what it returns, and would
-    compute the rest anew for everything that reads it.
+    Returns `kernels.paged_attention` [n_queries, n_heads, head_dim] fp32, and what a compiled function should return as
+    well: Inductor stores what it returns, and would compute the rest anew for everything that reads it.
     """
-    n_seqs, n_heads, head_dim = q.shape
-    q = (q * scale).view(n_seqs, k.shape[1], -1, head_dim)
+    n_queries, n_heads, head_dim = q.shape
+    q = (q * scale).view(n_queries, k.shape[1], -1, head_dim)
     scores = (k[blocks.rows].unsqueeze(3) * q[blocks.owners].unsqueeze(1)).sum(-1)
     scores = torch.where(blocks.seen[:, :, None, None], scores, _UNSEEN)  # [blocks, tokens, n_kv_heads, group]
     top, part, total, stored = _exponents(scores.flatten(2))
     mixed = _mix(part.view_as(scores), v, blocks.rows).view(-1, n_heads, head_dim)
 
-    tops = top[blocks.tables]  # [n_seqs, most, n_heads]
+    tops = top[blocks.tables]  # [n_queries, most, n_heads]
     share = torch.exp(tops - tops.amax(1, keepdim=True))
     whole = (share * total[blocks.tables]).sum(1)
     out = (share.unsqueeze(-1) * mixed[blocks.tables]).sum(1) / whole.unsqueeze(-1)

@@ -1,0 +1,221 @@
+"""Steps of several rows through torch.compile: the plain path's logits and cache, for any mix of decodes and prompts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.utils import counters
+
+import llama.compiled_batch
+from llama.batch import Batch
+from llama.cache import KVCache
+from llama.compiled_batch import CompiledBatch
+from llama.config import EngineConfig, ModelConfig
+from llama.engine import Completion, Engine
+from llama.model import Transformer, random_parameters
+from llama.request import Request, SamplingParams
+from llama.runner import wanted_rows
+from llama.scheduler import Plan
+from llama.sequence import Sequence
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler (g++)"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+]
+
+CPU = torch.device("cpu")
+GROUPED = ModelConfig(64, 3, 8, 2, 8, 172, 300, max_seq_len=256)  # head_dim 8, four query heads to a key head
+WIDE = ModelConfig(512, 4, 8, 8, 64, 1408, 2100, max_seq_len=256)  # some matrices packed, some not
+N_BLOCKS = 64
+
+# For each sequence: tokens in the cache, tokens to compute, and whether the last of them yields one.
+Work = list[tuple[int, int, bool]]
+works = st.lists(
+    st.tuples(st.integers(0, 90), st.one_of(st.just(1), st.integers(1, 40)), st.booleans()), min_size=1, max_size=8
+).filter(lambda work: sum(count for _, count, _ in work) > 1 and any(yields for *_, yields in work))
+
+
+@dataclass
+class Both:
+    """The plain path and the compiled one, each with a cache of the same numbers."""
+
+    model: Transformer
+    plain: KVCache
+    compiled: KVCache
+    batch: CompiledBatch
+
+
+@cache
+def both(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Both:
+    with torch.inference_mode():  # as the engine does
+        model = Transformer(config, random_parameters(config, dtype, CPU), 256, False)
+        plain, compiled = (KVCache.empty(config, N_BLOCKS, 16, torch.float32, CPU) for _ in range(2))
+        batch = CompiledBatch(model, compiled)
+        assert not compiled.whole.any(), "compiling must leave the cache as it was"
+        return Both(model, plain, compiled, batch)
+
+
+def plan_of(work: Work) -> Plan:
+    """Blocks in any order, each used once."""
+    dice = np.random.default_rng(len(work))
+    order = (1 + dice.permutation(N_BLOCKS - 1)).tolist()
+    plan = Plan()
+    for first, count, yields in work:
+        ids = dice.integers(3, 300, first + count).tolist()
+        seq = Sequence(Request([[1]], SamplingParams()), 0, ids, 1, 256, 0, frozenset())
+        n_blocks = -(-len(ids) // 16)
+        seq.num_computed, seq.block_table, order = first, order[:n_blocks], order[n_blocks:]
+        plan.add(seq, first, count, yields)
+    return plan
+
+
+def fill(pair: Both, plan: Plan) -> None:
+    """Random keys and values where the sequences have some, NaN everywhere else but in block 0."""
+    known = [
+        seq.block_table[at // 16] * 16 + at % 16
+        for seq, first in zip(plan.seqs, plan.firsts, strict=True)
+        for at in range(first)
+    ]
+    for kept in (pair.plain, pair.compiled):
+        kept.whole[:, :, 1:] = float("nan")
+        rows = kept.whole.flatten(2, 3)
+        rows[:, :, known] = torch.randn(rows[:, :, known].shape, generator=torch.Generator().manual_seed(3))
+
+
+@torch.inference_mode()
+def check(pair: Both, work: Work, atol: float = 1e-5) -> None:
+    plan = plan_of(work)
+    assert pair.batch.serves(plan)
+    fill(pair, plan)
+    batch = Batch.from_plan(plan, wanted_rows(plan).rows, 16, CPU)
+    expected = pair.model.logits(pair.model.forward(batch, pair.plain))
+    torch.testing.assert_close(pair.batch.run(plan), expected, atol=atol, rtol=0)
+    torch.testing.assert_close(pair.compiled.whole, pair.plain.whole, atol=atol, rtol=0, equal_nan=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(work=works)
+def test_any_plan_is_the_plain_path(work: Work) -> None:
+    pair = both(GROUPED)
+    compiled = counters["stats"]["unique_graphs"]
+    check(pair, work)
+    assert counters["stats"]["unique_graphs"] == compiled, "a step had to wait for the compiler"
+
+
+@pytest.mark.parametrize("config", [replace(GROUPED, n_layers=8), replace(GROUPED, tie_embeddings=True), WIDE])
+def test_models(config: ModelConfig) -> None:
+    """Two calls of four layers; one matrix at both ends; matrices in oneDNN's layout."""
+    pair = both(config)
+    assert any(matrix.blocked for matrix in (pair.model.lm_head, pair.model.blocks[0].gate_up_proj)) == (config is WIDE)
+    check(pair, [(30, 1, True), (0, 5, True), (17, 1, True), (3, 20, False)])
+    check(pair, [(0, 2, True)])
+
+
+def test_16_bits_are_rounded_no_more_than_on_the_plain_path() -> None:
+    """Against the same weights in fp32."""
+    parameters = random_parameters(WIDE, torch.bfloat16, CPU)
+    wide = Transformer(WIDE, {name: tensor.float() for name, tensor in parameters.items()}, 256, False)
+    pair, plan = both(WIDE, torch.bfloat16), plan_of([(30, 1, True), (0, 5, True), (17, 1, True)])
+    outcomes = []
+    with torch.inference_mode():
+        batch = Batch.from_plan(plan, wanted_rows(plan).rows, 16, CPU)
+        for model in (wide, pair.model):
+            fill(pair, plan)
+            outcomes.append(model.logits(model.forward(batch, pair.plain)))
+        outcomes.append(pair.batch.run(plan))
+    exact, plain, compiled = outcomes
+    assert (compiled - exact).abs().max() <= 1.1 * (plain - exact).abs().max()
+
+
+def test_after_others_have_reset_the_compiler() -> None:
+    """It compiles for the sizes that come then, and must not take later ones for the same."""
+    pair = both(replace(GROUPED, n_layers=2))
+    torch.compiler.reset()
+    for work in ([(5, 1, True)] * 2, [(5, 1, True)] * 3, [(40, 1, True), (3, 9, True)], [(90, 1, True)] * 5):
+        check(pair, work)
+
+
+@pytest.mark.parametrize(
+    "work, served",
+    [
+        ([(30, 1, True)], False),  # one row: `CompiledRow`'s
+        ([(30, 1, False), (9, 4, False)], False),  # no token comes of it
+        ([(0, 127, True)], True),
+        ([(0, 128, True)], False),  # prompts like that are quicker on the plain path
+        ([(200, 1, True)] * 40, True),
+        ([(200, 41, True), (1, 1, True)], False),
+    ],
+)
+def test_which_plans_it_serves(work: Work, served: bool) -> None:
+    assert both(GROUPED).batch.serves(plan_of(work)) == served
+
+
+def test_a_token_that_is_not_known_yet() -> None:
+    plan = plan_of([(30, 1, True), (8, 1, True)])
+    plan.firsts[1] += 1
+    assert not both(GROUPED).batch.serves(plan)
+
+
+PROMPTS = [[1, 17, 40], [1, 5, 9, 200, 33, 12, 8, 77, 21, 90], [1], [1, 7] * 70]
+PARAMS = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, logprobs=0) for n in (40, 30, 35, 25)]
+
+
+def answers(model: ModelConfig | Path, params: list[SamplingParams] = PARAMS, **options: object) -> list[Completion]:
+    """All in flight at once."""
+    config = EngineConfig(device="cpu", dtype="float32", block_size=16, **options)  # type: ignore[arg-type]
+    with Engine(model, config, progress=False) as engine:
+        compiled = counters["stats"]["unique_graphs"]
+        found = engine.generate(PROMPTS, params)
+        assert counters["stats"]["unique_graphs"] == compiled, "a request had to wait for the compiler"
+        return found
+
+
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """The plans that the compiled functions get from now on."""
+    plans: list[Plan] = []
+    run = llama.compiled_batch.CompiledBatch.run
+
+    def note(self: CompiledBatch, plan: Plan) -> torch.Tensor:
+        plans.append(plan)
+        return run(self, plan)
+
+    monkeypatch.setattr(llama.compiled_batch.CompiledBatch, "run", note)
+    return plans
+
+
+def assert_equal(plain: list[Completion], compiled: list[Completion]) -> None:
+    for one, other in zip(plain, compiled, strict=True):
+        assert one.token_ids == other.token_ids
+        assert len(one.prompt_logprobs or []) == len(other.prompt_logprobs or [])
+        gap = max(abs(a.logprob - b.logprob) for a, b in zip(one.logprobs, other.logprobs, strict=True))
+        assert gap < 1e-4
+
+
+def test_the_same_answers_in_a_batch(monkeypatch: pytest.MonkeyPatch, shared_file: Callable[[str], Path]) -> None:
+    model = shared_file("models/stories260K-hf")
+    plain, plans = answers(model), served(monkeypatch)
+    assert_equal(plain, answers(model, compile=True))
+    assert len(plans) >= 34  # all but the step of the longest prompt, and those of the last sequence alone
+
+
+def test_small_budgets_and_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts in chunks beside sequences that decode."""
+    plain, plans = answers(GROUPED, max_batch_tokens=20), served(monkeypatch)
+    assert_equal(plain, answers(GROUPED, max_batch_tokens=20, compile=True))
+    assert any(max(plan.counts) > 1 and min(plan.counts) == 1 for plan in plans)
+
+
+def test_logprobs_of_a_prompt_come_from_the_plain_path() -> None:
+    params = [replace(one, prompt_logprobs=1) for one in PARAMS]
+    plain = answers(GROUPED, params)
+    assert_equal(plain, answers(GROUPED, params, compile=True))
+    assert all(one.prompt_logprobs for one, prompt in zip(plain, PROMPTS, strict=True) if len(prompt) > 1)
