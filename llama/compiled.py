@@ -29,8 +29,8 @@ _numbers = itertools.count()
 def compile_apart(function: Any, is_checked: Callable[[str, str], bool]) -> Any:
     """The function compiled, with guards only of those (name, type) that are to be checked before every call.
 
-    It gets code of its own, since Dynamo counts compilations by code object and refuses a ninth engine; and a name of its
-    own, since Dynamo notes by name which sizes differ between calls: a second model's would be sizes that may change.
+    It gets code of its own, since Dynamo counts compilations by code object and refuses a ninth engine; and a name of
+    its own, by which Dynamo notes what sizes differ between calls: those of a second model would not be constants.
     """
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     own = FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
