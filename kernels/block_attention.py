@@ -51,17 +51,18 @@ class QueryBlocks(NamedTuple):
         return cls(*(torch.from_numpy(array) for array in (rows, seen, owners, tables)))
 
 
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: QueryBlocks, scale: float) -> tuple[Tensor, list[Tensor]]:
-    """q: [n_queries, n_heads, head_dim] fp32, rotated. k, v: the cache's rows [num_blocks * block_size, n_kv_heads,
-    head_dim] fp32.
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: QueryBlocks) -> tuple[Tensor, list[Tensor]]:
+    """q: [n_queries, n_heads, head_dim] fp32, rotated and scaled. k, v: the cache's rows [num_blocks * block_size,
+    n_kv_heads, head_dim] fp32, row 0 finite.
 
     Returns `kernels.paged_attention` [n_queries, n_heads, head_dim] fp32, and what a compiled function should return as
     well: Inductor stores what it returns, and would compute the rest anew for everything that reads it.
     """
     n_queries, n_heads, head_dim = q.shape
-    q = (q * scale).view(n_queries, k.shape[1], -1, head_dim)
-    scores = (k[blocks.rows].unsqueeze(3) * q[blocks.owners].unsqueeze(1)).sum(-1)
-    scores = torch.where(blocks.seen[:, :, None, None], scores, _UNSEEN)  # [blocks, tokens, n_kv_heads, group]
+    q = q.view(n_queries, k.shape[1], -1, head_dim)
+    products = k[blocks.rows].unsqueeze(3) * q[blocks.owners].unsqueeze(1)
+    # Hidden before they are summed, in the same loop: [blocks, tokens, n_kv_heads, group].
+    scores = torch.where(blocks.seen[:, :, None, None, None], products, _UNSEEN / head_dim).sum(-1)
     top, part, total, stored = _exponents(scores.flatten(2))
     mixed = _mix(part.view_as(scores), v, blocks.rows).view(-1, n_heads, head_dim)
 
@@ -69,7 +70,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: QueryBlocks, scale: f
     share = torch.exp(tops - tops.amax(1, keepdim=True))
     whole = (share * total[blocks.tables]).sum(1)
     out = (share.unsqueeze(-1) * mixed[blocks.tables]).sum(1) / whole.unsqueeze(-1)
-    return out, [q, scores, part, share, *stored]
+    return out, [scores, part, share, *stored]
 
 
 def _exponents(scores: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:

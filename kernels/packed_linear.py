@@ -13,7 +13,7 @@ _OPERATORS.define("packed_linear(Tensor x, Tensor weight) -> Tensor")
 
 
 def _packed_linear(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 
 _OPERATORS.impl("packed_linear", _packed_linear, "CompositeExplicitAutograd")

@@ -48,15 +48,13 @@ class CompiledBatch:
         self._compile()
 
     def _compile(self) -> None:
-        """Once, for all numbers of rows and of blocks. Those that were equal here would be taken for the same."""
-        n_rows, size = 3, self.cache.block_size
-        lengths = np.array([2, 4, 5], np.int32) * size
-        blocks = QueryBlocks.plan(lengths, np.ones((n_rows, 5), np.int32), size)
-        positions, kv_index, wanted = (
-            torch.arange(n_rows),
-            torch.full((n_rows,), size),
-            torch.zeros(4, dtype=torch.long),
-        )
+        """Once, for all numbers of rows and of blocks. Those that were equal here would be taken for the same; and the
+        threads share the loops that are long here."""
+        n_rows, n_blocks, size = 31, 5, self.cache.block_size
+        lengths = np.full(n_rows, n_blocks * size, np.int32)
+        blocks = QueryBlocks.plan(lengths, np.ones((n_rows, n_blocks), np.int32), size)
+        positions, kv_index = torch.zeros(n_rows, dtype=torch.long), torch.full((n_rows,), size)
+        wanted = torch.zeros(n_rows - 1, dtype=torch.long)
         x = torch.zeros((n_rows, self.model.config.dim))  # gives keys and values of 0, which is what the cache holds
         for tensor in (x, positions, kv_index, wanted, *blocks):
             torch._dynamo.mark_dynamic(tensor, 0)
@@ -93,8 +91,8 @@ class CompiledBatch:
 
 
 def _is_size(name: str, guard_type: str) -> bool:
-    """Of what guards check only sizes ever change: after a `torch.compiler.reset()`, which others in the process may call,
-    functions are compiled anew for the first sizes that come."""
+    """Of what guards check, sizes may change: after a `torch.compiler.reset()`, which others in the process may call,
+    functions are compiled anew for the first ones that come."""
     return guard_type == "SHAPE_ENV" or name in ("x", "rows", "blocks.rows", "blocks.tables")
 
 
@@ -104,8 +102,8 @@ def _weights(block: Block) -> list[Tensor]:
 
 
 def _layers_of(model: Transformer) -> Layers:
-    """Some layers. x: [rows, dim] fp32. cos_sin: the model's. positions, kv_index: [rows] int64. cached: keys and values
-    of each layer, as rows of the cache; written in place. Returns x and what Inductor is to store."""
+    """Some layers. x: [rows, dim] fp32. cos_sin: the model's. positions, kv_index: [rows] int64. cached: keys and
+    values of each layer, as rows of the cache; written in place. Returns x and what Inductor is to store."""
     config, block = model.config, model.blocks[0]  # all layers have one shape
     eps, head_dim = config.norm_eps, config.head_dim
     q_dim, kv_dim, scale = config.q_dim, config.kv_dim, config.head_dim**-0.5
@@ -131,7 +129,7 @@ def _layers_of(model: Transformer) -> Layers:
             q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in qkv.split([q_dim, kv_dim, kv_dim], -1))
             keys.index_put_((kv_index,), rotate(k, cos, sin))
             values.index_put_((kv_index,), v)
-            attended, parts = attend_blocks(rotate(q, cos, sin), keys, values, blocks, scale)
+            attended, parts = attend_blocks(rotate(q, cos * scale, sin * scale), keys, values, blocks)
             stored += parts
             x = x + o_of(attended.flatten(1), o_proj)
             gate, up = gate_up_of(norm(x, mlp_norm, eps), gate_up_proj).chunk(2, -1)

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_invariance(parser: argparse.ArgumentParser) -> None:
     """For subjects that run one engine in one mode."""
-    parser.add_argument("--compile", action="store_true", help="EngineConfig.compile: on the CPU, one sequence alone")
+    parser.add_argument("--compile", action="store_true", help="EngineConfig.compile: on the CPU")
     parser.add_argument(
         "--batch-invariant", action=argparse.BooleanOptionalAction, help="default: the engine's own for the device"
     )

@@ -41,7 +41,7 @@ def layout(sequences: Spans, size: int, n_kv_heads: int, head_dim: int) -> tuple
 
 def by_blocks(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     assert plan.cpu is not None
-    return attend_blocks(q, k.flatten(0, 1), v.flatten(0, 1), plan.cpu.blocks, q.shape[-1] ** -0.5)[0]
+    return attend_blocks(q * q.shape[-1] ** -0.5, k.flatten(0, 1), v.flatten(0, 1), plan.cpu.blocks)[0]
 
 
 @pytest.mark.parametrize("n_kv_heads, group", [(1, 1), (2, 3), (4, 2), (12, 1), (16, 1)])
