@@ -17,8 +17,10 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.attention_plan import AttentionPlan, CpuPlan, check_layout, plan_triton
+from kernels.block_attention import QueryBlocks, attend_blocks
 from kernels.launch import HAS_TRITON, runs_triton
 from kernels.linear_weight import LinearWeight, pack_weight
+from kernels.packed_linear import packed_linear
 from kernels.pages import zeros_on_large_pages
 from kernels.transfer import fetch, upload
 
@@ -28,12 +30,15 @@ if HAS_TRITON:
 __all__ = [
     "AttentionPlan",
     "LinearWeight",
+    "QueryBlocks",
     "adjust_logits",
+    "attend_blocks",
     "cache_dtype",
     "fetch",
     "linear",
     "make_cache",
     "pack_weight",
+    "packed_linear",
     "paged_attention",
     "plan_attention",
     "rms_norm",

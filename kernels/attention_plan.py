@@ -91,7 +91,7 @@ class QueryTiles:
 
 
 class CpuPlan:
-    """What the plain-torch `paged_attention` needs. Each form is worked out by the first layer that asks for it."""
+    """What attention on the CPU needs, in three forms; each is worked out when it is first asked for."""
 
     def __init__(
         self, cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray, block_tables: np.ndarray, block_size: int
@@ -133,7 +133,7 @@ class CpuPlan:
 
     @cached_property
     def blocks(self) -> QueryBlocks:
-        """For `attend_blocks`."""
+        """For `attend_blocks`, which all layers share."""
         n_queries = np.diff(self._starts)
         owners = np.repeat(np.arange(len(n_queries)), n_queries)
         after = self._starts[1:][owners] - np.arange(len(owners)) - 1  # later queries of the same sequence

@@ -53,7 +53,7 @@ class QueryBlocks(NamedTuple):
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: QueryBlocks) -> tuple[Tensor, list[Tensor]]:
     """q: [n_queries, n_heads, head_dim] fp32, rotated and scaled. k, v: the cache's rows [num_blocks * block_size,
-    n_kv_heads, head_dim] fp32, row 0 finite.
+    n_kv_heads, head_dim] fp32, row 0 finite. blocks: of these queries.
 
     Returns `kernels.paged_attention` [n_queries, n_heads, head_dim] fp32, and what a compiled function should return as
     well: Inductor stores what it returns, and would compute the rest anew for everything that reads it.
@@ -99,6 +99,8 @@ def _mix(part: Tensor, v: Tensor, rows: Tensor) -> Tensor:
     """
     n_kv_heads, head_dim = v.shape[1:]
     lanes = math.gcd(head_dim, _LANES)
+    if lanes < _LANES // 2:
+        lanes = head_dim  # too many sums of too few numbers each
     vectors = v.view(-1, n_kv_heads, head_dim // lanes, lanes).unbind(2)
     sums = [(part.unsqueeze(-1) * vector[rows].unsqueeze(3)).sum(1) for vector in vectors]
     return torch.stack(sums, dim=3)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_OPERATORS = torch.library.Library("llama", "DEF")
+_OPERATORS = torch.library.Library("paged_llama_kernels", "FRAGMENT")
 _OPERATORS.define("packed_linear(Tensor x, Tensor weight) -> Tensor")
 
 
@@ -19,11 +19,11 @@ def _packed_linear(x: Tensor, weight: Tensor) -> Tensor:
 _OPERATORS.impl("packed_linear", _packed_linear, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("llama::packed_linear")
+@torch.library.register_fake("paged_llama_kernels::packed_linear")
 def _shape(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 def packed_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T. x: [rows, k]. weight: `data` of a `blocked` LinearWeight. Returns [rows, n] of x's dtype."""
-    return torch.ops.llama.packed_linear(x, weight)
+    return torch.ops.paged_llama_kernels.packed_linear(x, weight)

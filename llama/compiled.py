@@ -26,8 +26,11 @@ _AT_ONCE = (4, 3, 2, 1)
 _numbers = itertools.count()
 
 
-def compile_apart(function: Any, is_checked: Callable[[str, str], bool]) -> Any:
+def compile_apart(function: Any, is_checked: Callable[[str, str], bool], any_threads: bool) -> Any:
     """The function compiled, with guards only of those (name, type) that are to be checked before every call.
+
+    any_threads: each loop is shared by as many threads as torch has at the call. Otherwise by those that it has now,
+    and short loops are not shared.
 
     It gets code of its own, since Dynamo counts compilations by code object and refuses a ninth engine; and a name of
     its own, by which Dynamo notes what sizes differ between calls: those of a second model would not be constants.
@@ -35,7 +38,8 @@ def compile_apart(function: Any, is_checked: Callable[[str, str], bool]) -> Any:
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     own = FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
     guards = {"guard_filter_fn": lambda found: [is_checked(guard.name, guard.guard_type) for guard in found]}
-    return torch.compile(own, fullgraph=True, options=_OPTIONS | guards)
+    threads = {"cpp.dynamic_threads": any_threads}
+    return torch.compile(own, fullgraph=True, options=_OPTIONS | guards | threads)
 
 
 def layers_at_once(n_layers: int) -> int:
@@ -44,7 +48,7 @@ def layers_at_once(n_layers: int) -> int:
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x: [..., dim] fp32. Returns the same."""
+    """`kernels.rms_norm`. x: [..., dim] fp32. weight: [dim]. Returns the same shape as x, fp32."""
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight.float()
 
 

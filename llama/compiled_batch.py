@@ -15,18 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import LinearWeight
-from kernels.block_attention import QueryBlocks, attend_blocks
-from kernels.packed_linear import packed_linear
+from kernels import LinearWeight, QueryBlocks, attend_blocks, packed_linear
 from llama.batch import Batch
 from llama.cache import KVCache
 from llama.compiled import compile_apart, layers_at_once, norm, rotate
 from llama.model import Block, Transformer
 from llama.scheduler import Plan
 
-# Keys that all tokens of a step's prompts may see: 127 tokens of one prompt, or 10 behind 800. With 7 sequences beside,
-# a step of 110M took 36 ms instead of 43 with such a prompt, and 20.4 instead of 21.4 with 20 tokens behind 600.
+# Keys that all tokens of a step's prompts may see, in whole blocks: 120 tokens of one prompt, or 10 behind 800. With 7
+# sequences beside, a step of 110M took 36 ms instead of 43 with such a prompt, and 20.4 instead of 21.4 with 20 tokens
+# behind 600.
 _PROMPT_KEYS = 8192
+# With more tokens to a block, most of what is computed for short sequences would be thrown away.
+MOST_BLOCK_SIZE = 64
+# Every token that is computed puts as many blocks together as the one with most has: at most so many times the keys
+# that are seen. One sequence of 2000 keys beside 31 of 60, twice the keys, took 23 ms instead of 36.
+_TOGETHER = 4
+_MOST_BLOCKS = 4096  # of one sequence; Inductor would compile longer sums anew
 
 # (x, weights of each layer, cos_sin, positions, kv_index, keys and values of each, blocks) -> x, what is to be stored
 Layers = Callable[
@@ -39,8 +44,8 @@ class CompiledBatch:
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
-        self._layers: Layers = compile_apart(_layers_of(model), _is_size)
-        self._head = compile_apart(_head_of(model), _is_size)
+        self._layers: Layers = compile_apart(_layers_of(model), _is_size, any_threads=True)
+        self._head = compile_apart(_head_of(model), _is_size, any_threads=True)
         n = layers_at_once(len(model.blocks))
         weights = [_weights(block) for block in model.blocks]
         cached = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(cache.k, cache.v, strict=True)]
@@ -48,8 +53,7 @@ class CompiledBatch:
         self._compile()
 
     def _compile(self) -> None:
-        """Once, for all numbers of rows and of blocks. Those that were equal here would be taken for the same; and the
-        threads share the loops that are long here."""
+        """Once, for all numbers of rows and of blocks from 2 on."""
         n_rows, n_blocks, size = 31, 5, self.cache.block_size
         lengths = np.full(n_rows, n_blocks * size, np.int32)
         blocks = QueryBlocks.plan(lengths, np.ones((n_rows, n_blocks), np.int32), size)
@@ -66,13 +70,18 @@ class CompiledBatch:
 
     def serves(self, plan: Plan) -> bool:
         """Whether the plan has several rows, whose tokens the host knows, yields a token, and has no long prompt."""
-        n_keys = 0
+        if not any(plan.yields) or plan.n_tokens < 2:
+            return False
+        size, most, n_blocks, n_prompt_blocks = self.cache.block_size, 0, 0, 0
         for seq, first, count in zip(plan.seqs, plan.firsts, plan.counts, strict=True):
             if first + count > len(seq.token_ids):
                 return False
-            if count > 1:
-                n_keys += count * first + count * (count + 1) // 2
-        return any(plan.yields) and plan.n_tokens > 1 and n_keys <= _PROMPT_KEYS
+            blocks = _blocks_seen(first + count, size) - _blocks_seen(first, size)
+            most, n_blocks = max(most, (first + count - 1) // size + 1), n_blocks + blocks
+            n_prompt_blocks += blocks if count > 1 else 0
+            if n_prompt_blocks * size > _PROMPT_KEYS:
+                return False
+        return most <= _MOST_BLOCKS and plan.n_tokens * most <= _TOGETHER * n_blocks * size
 
     def run(self, plan: Plan) -> Tensor:
         """Logits [sequences that yield a token, vocab_size] fp32."""
@@ -88,6 +97,12 @@ class CompiledBatch:
             x = self._layers(x, weights, model.cos_sin, batch.positions, batch.kv_index, cached, blocks)[0]
         logits: Tensor = self._head(x, batch.logit_rows, model.norm, model.lm_head.data)
         return logits[: len(wanted)]
+
+
+def _blocks_seen(n_tokens: int, size: int) -> int:
+    """By the first tokens of a sequence, all together."""
+    whole, rest = divmod(n_tokens, size)
+    return size * whole * (whole + 1) // 2 + rest * (whole + 1)
 
 
 def _is_size(name: str, guard_type: str) -> bool:

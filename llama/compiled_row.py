@@ -33,8 +33,8 @@ class CompiledRow:
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
-        self._layers: Layers = compile_apart(_layers_of(model), _is_length)
-        self._head = compile_apart(_head_of(model), _is_length)
+        self._layers: Layers = compile_apart(_layers_of(model), _is_length, any_threads=False)
+        self._head = compile_apart(_head_of(model), _is_length, any_threads=False)
         n = layers_at_once(len(model.blocks))
         weights = [_weights(block) for block in model.blocks]
         self._weights = [weights[i : i + n] for i in range(0, len(weights), n)]

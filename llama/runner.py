@@ -6,6 +6,7 @@ step before has not delivered yet are taken over on the device. So the next step
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from llama.model import Transformer
 from llama.sampler import Report, Sampled, Sampler, report_logprobs
 from llama.scheduler import Plan
 from llama.sequence import Sequence, TokenLogprobs
+
+log = logging.getLogger("llama")
 
 # Logits of prompt positions are made this many rows at a time, so that their memory does not grow with the prompt.
 _PROMPT_ROWS = 256
@@ -94,7 +97,7 @@ class PendingStep:
 
 
 class Runner:
-    """graphs, compiled: run the decode steps they serve, where given; every other step runs kernel by kernel.
+    """graphs, compiled: run the steps they serve, where given; every other step runs kernel by kernel.
 
     threads: CPU threads of one operation in steps of more than one_thread_rows rows; smaller steps use one.
     """
@@ -110,7 +113,7 @@ class Runner:
         one_thread_rows: int = 0,
     ) -> None:
         self.model, self.cache, self.device = model, cache, device
-        self.graphs, self.compiled = graphs, compiled
+        self.graphs, self.compiled = graphs, list(compiled)
         self.threads, self.one_thread_rows = threads, one_thread_rows
         self.sampler = Sampler(device)
         self._last: LastStep | None = None
@@ -130,10 +133,8 @@ class Runner:
         else:
             wanted = wanted_rows(plan)
             places = wanted.sampled
-            compiled = next((steps for steps in self.compiled if not wanted.prompts and steps.serves(plan)), None)
-            if compiled is not None:
-                logits = compiled.run(plan)
-            else:
+            logits = None if wanted.prompts else self._run_compiled(plan)
+            if logits is None:
                 hidden = self._forward(plan, wanted)
                 row = len(places)
                 for seq, begin, n in wanted.prompts:
@@ -151,6 +152,19 @@ class Runner:
             done = torch.cuda.Event()
             done.record()
         return PendingStep(len(plan.seqs), places, sampled, prompts, done).result
+
+    def _run_compiled(self, plan: Plan) -> torch.Tensor | None:
+        """Logits of the sequences that yield a token, if compiled layers serve the plan. Those that fail once (they may
+        have to be compiled again, when others have reset the compiler) are not asked again."""
+        for steps in self.compiled:
+            if steps.serves(plan):
+                try:
+                    return steps.run(plan)
+                except Exception:
+                    log.warning("compiled steps failed; from now on they run operator by operator", exc_info=True)
+                    self.compiled = [other for other in self.compiled if other is not steps]
+                    return None
+        return None
 
     def _forward(self, plan: Plan, wanted: Wanted) -> torch.Tensor:
         """The hidden rows that are wanted [len(wanted.rows), dim], kernel by kernel."""

@@ -11,7 +11,7 @@ import torch
 import kernels
 from llama.cache import KVCache, MemoryPlan, plan_memory
 from llama.checkpoint import load_parameters, read_config, tokenizer_file
-from llama.compiled_batch import CompiledBatch
+from llama.compiled_batch import MOST_BLOCK_SIZE, CompiledBatch
 from llama.compiled_row import CompiledRow
 from llama.config import EngineConfig, ModelConfig
 from llama.errors import ConfigError, TokenizerError
@@ -102,22 +102,23 @@ def build_runner(setup: Setup, progress: bool) -> Runner:
 
 
 def _compile(setup: Setup, model: Transformer, cache: KVCache) -> list[CompiledRow | CompiledBatch]:
-    """Nothing, and a warning in the log, where torch.compile does not work: most often for want of a C++ compiler.
+    """Those that torch.compile could make, and a warning in the log for others: most often for want of a C++ compiler.
 
     Under inference_mode, as the cache was made: for tensors of another kind torch.compile would compile once more, and
     the first request would wait for that.
     """
-    log.info("compiling decode steps; the first time on a machine this takes up to a minute")
-    try:
-        with torch.inference_mode():
-            torch.set_num_threads(1 if setup.one_thread_rows else setup.threads)  # the number is compiled in
-            row = CompiledRow(model, cache)
-            torch.set_num_threads(setup.threads)
-            return [row, CompiledBatch(model, cache)]
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        log.warning("compile=True: torch.compile failed, steps run operator by operator: %s", reason)
-        return []
+    log.info("compiling steps; the first time on a machine this takes up to a minute")
+    made: list[CompiledRow | CompiledBatch] = []
+    for kind in (CompiledRow, CompiledBatch) if cache.block_size <= MOST_BLOCK_SIZE else (CompiledRow,):
+        # A row's number of threads is compiled in.
+        torch.set_num_threads(1 if kind is CompiledRow and setup.one_thread_rows else setup.threads)
+        try:
+            with torch.inference_mode():
+                made.append(kind(model, cache))
+        except Exception as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            log.warning("compile=True: torch.compile failed, steps run operator by operator: %s", reason)
+    return made
 
 
 def find_model(model: str | Path) -> Path:

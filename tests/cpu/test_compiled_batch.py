@@ -3,11 +3,13 @@ prompts."""
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
-import llama.compiled_batch
+import llama.compiled_row
+import llama.setup
 from llama.batch import Batch
 from llama.cache import KVCache
 from llama.compiled_batch import CompiledBatch
@@ -35,8 +38,8 @@ pytestmark = [
 
 CPU = torch.device("cpu")
 GROUPED = ModelConfig(64, 3, 8, 2, 8, 172, 300, max_seq_len=256)  # head_dim 8, four query heads to a key head
-WIDE = ModelConfig(512, 4, 8, 8, 64, 1408, 2100, max_seq_len=256)  # some matrices packed, some not
-N_BLOCKS = 64
+WIDE = ModelConfig(384, 4, 6, 6, 64, 1024, 2100, max_seq_len=256)  # some matrices packed by oneDNN, some not
+N_BLOCKS = 80
 
 # For each sequence: tokens in the cache, tokens to compute, and whether the last of them yields one.
 Work = list[tuple[int, int, bool]]
@@ -56,24 +59,24 @@ class Both:
 
 
 @cache
-def both(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Both:
+def both(config: ModelConfig, dtype: torch.dtype = torch.float32, size: int = 16) -> Both:
     with torch.inference_mode():  # as the engine does
         model = Transformer(config, random_parameters(config, dtype, CPU), 256, False)
-        plain, compiled = (KVCache.empty(config, N_BLOCKS, 16, torch.float32, CPU) for _ in range(2))
+        plain, compiled = (KVCache.empty(config, N_BLOCKS * 16 // size, size, torch.float32, CPU) for _ in range(2))
         batch = CompiledBatch(model, compiled)
         assert not compiled.whole.any(), "compiling must leave the cache as it was"
         return Both(model, plain, compiled, batch)
 
 
-def plan_of(work: Work) -> Plan:
+def plan_of(work: Work, size: int = 16) -> Plan:
     """Blocks in any order, each used once."""
     dice = np.random.default_rng(len(work))
-    order = (1 + dice.permutation(N_BLOCKS - 1)).tolist()
+    order = (1 + dice.permutation(N_BLOCKS * 16 // size - 1)).tolist()
     plan = Plan()
     for first, count, yields in work:
         ids = dice.integers(3, 300, first + count).tolist()
         seq = Sequence(Request([[1]], SamplingParams()), 0, ids, 1, 256, 0, frozenset())
-        n_blocks = -(-len(ids) // 16)
+        n_blocks = -(-len(ids) // size)
         seq.num_computed, seq.block_table, order = first, order[:n_blocks], order[n_blocks:]
         plan.add(seq, first, count, yields)
     return plan
@@ -82,7 +85,7 @@ def plan_of(work: Work) -> Plan:
 def fill(pair: Both, plan: Plan) -> None:
     """Random keys and values where the sequences have some, NaN everywhere else but in block 0."""
     known = [
-        seq.block_table[at // 16] * 16 + at % 16
+        seq.block_table[at // pair.plain.block_size] * pair.plain.block_size + at % pair.plain.block_size
         for seq, first in zip(plan.seqs, plan.firsts, strict=True)
         for at in range(first)
     ]
@@ -93,13 +96,15 @@ def fill(pair: Both, plan: Plan) -> None:
 
 
 @torch.inference_mode()
-def check(pair: Both, work: Work, atol: float = 1e-5) -> None:
-    plan = plan_of(work)
+def check(pair: Both, work: Work) -> None:
+    size = pair.plain.block_size
+    plan = plan_of(work, size)
+    assert all(len(seq.block_table) * size >= len(seq.token_ids) for seq in plan.seqs), "more than the cache holds"
     fill(pair, plan)
-    batch = Batch.from_plan(plan, wanted_rows(plan).rows, 16, CPU)
+    batch = Batch.from_plan(plan, wanted_rows(plan).rows, size, CPU)
     expected = pair.model.logits(pair.model.forward(batch, pair.plain))
-    torch.testing.assert_close(pair.batch.run(plan), expected, atol=atol, rtol=0)
-    torch.testing.assert_close(pair.compiled.whole, pair.plain.whole, atol=atol, rtol=0, equal_nan=True)
+    torch.testing.assert_close(pair.batch.run(plan), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pair.compiled.whole, pair.plain.whole, atol=1e-5, rtol=0, equal_nan=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -111,13 +116,53 @@ def test_any_plan_is_the_plain_path(work: Work) -> None:
     assert counters["stats"]["unique_graphs"] == compiled, "a step had to wait for the compiler"
 
 
-@pytest.mark.parametrize("config", [replace(GROUPED, n_layers=8), replace(GROUPED, tie_embeddings=True), WIDE])
-def test_models(config: ModelConfig) -> None:
-    """Two calls of four layers; one matrix at both ends; matrices in oneDNN's layout."""
-    pair = both(config)
-    assert any(matrix.blocked for matrix in (pair.model.lm_head, pair.model.blocks[0].gate_up_proj)) == (config is WIDE)
+TWELVE = ModelConfig(96, 1, 12, 12, 8, 172, 300, max_seq_len=256)  # heads that do not fill vector registers
+
+
+@pytest.mark.parametrize(
+    "config, size",
+    [
+        (replace(GROUPED, n_layers=8), 16),
+        (replace(GROUPED, tie_embeddings=True), 1),
+        (TWELVE, 64),
+        (TWELVE, 2),
+        (WIDE, 16),
+    ],
+    ids=[
+        "two calls",
+        "one matrix at both ends, blocks of 1",
+        "12 heads, blocks of 64",
+        "12 heads of 2",
+        "oneDNN's layout",
+    ],
+)
+def test_models(config: ModelConfig, size: int) -> None:
+    pair = both(config, size=size)
+    if config is WIDE and torch.backends.mkldnn.is_available():
+        block = pair.model.blocks[0]
+        assert pair.model.lm_head.blocked and block.gate_up_proj.blocked and not block.o_proj.blocked
     check(pair, [(30, 1, True), (0, 5, True), (17, 1, True), (3, 20, False)])
     check(pair, [(0, 2, True)])
+
+
+def test_loops_shared_by_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            check(both(GROUPED), [(30, 1, True), (0, 5, True), (17, 1, True), (3, 20, False)] * 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def test_nan_stays_with_its_sequence() -> None:
+    pair, plan = both(GROUPED), plan_of([(30, 1, True), (0, 5, True), (17, 1, True)])
+    fill(pair, plan)
+    expected = pair.batch.run(plan)
+    pair.compiled.whole[:, :, plan.seqs[0].block_table[1]] = float("nan")
+    found = pair.batch.run(plan)
+    assert found[0].isnan().all() and torch.equal(found[1:], expected[1:])
 
 
 def test_16_bits_are_rounded_no_more_than_on_the_plain_path() -> None:
@@ -138,7 +183,7 @@ def test_16_bits_are_rounded_no_more_than_on_the_plain_path() -> None:
 
 def test_after_others_have_reset_the_compiler() -> None:
     """It compiles for the sizes that come then, and must not take later ones for the same."""
-    pair = both(replace(GROUPED, n_layers=2))
+    pair = both(replace(GROUPED, n_layers=8))
     torch.compiler.reset()
     for work in ([(5, 1, True)] * 2, [(5, 1, True)] * 3, [(40, 1, True), (3, 9, True)], [(90, 1, True)] * 5):
         check(pair, work)
@@ -149,10 +194,14 @@ def test_after_others_have_reset_the_compiler() -> None:
     [
         ([(30, 1, True)], False),  # one row: `CompiledRow`'s
         ([(30, 1, False), (9, 4, False)], False),  # no token comes of it
-        ([(0, 127, True)], True),
-        ([(0, 128, True)], False),  # prompts like that are quicker on the plain path
+        ([(0, 120, True)], True),
+        ([(0, 121, True)], False),  # prompts like that are quicker on the plain path
         ([(200, 1, True)] * 40, True),
         ([(200, 41, True), (1, 1, True)], False),
+        ([(0, 100, True), (10_000, 1, True)], True),
+        ([(0, 100, True), (16_000, 1, True)], False),  # each of the 101 would put a thousand blocks together
+        ([(65_535, 1, True), (1, 1, True)], True),
+        ([(65_536, 1, True), (1, 1, True)], False),  # would be compiled for anew
     ],
 )
 def test_which_plans_it_serves(work: Work, served: bool) -> None:
@@ -179,25 +228,24 @@ def answers(model: ModelConfig | Path, params: list[SamplingParams] = PARAMS, **
         return found
 
 
-def served(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+def served(monkeypatch: pytest.MonkeyPatch, kind: Any = CompiledBatch) -> list[Plan]:
     """The plans that the compiled functions get from now on."""
     plans: list[Plan] = []
-    run = llama.compiled_batch.CompiledBatch.run
+    run = kind.run
 
-    def note(self: CompiledBatch, plan: Plan) -> torch.Tensor:
+    def note(self: Any, plan: Plan) -> Any:
         plans.append(plan)
         return run(self, plan)
 
-    monkeypatch.setattr(llama.compiled_batch.CompiledBatch, "run", note)
+    monkeypatch.setattr(kind, "run", note)
     return plans
 
 
 def assert_equal(plain: list[Completion], compiled: list[Completion]) -> None:
     for one, other in zip(plain, compiled, strict=True):
         assert one.token_ids == other.token_ids
-        assert len(one.prompt_logprobs or []) == len(other.prompt_logprobs or [])
-        gap = max(abs(a.logprob - b.logprob) for a, b in zip(one.logprobs, other.logprobs, strict=True))
-        assert gap < 1e-4
+        ours, theirs = (list(done.logprobs) + list(done.prompt_logprobs or []) for done in (one, other))
+        assert max(abs(a.logprob - b.logprob) for a, b in zip(ours, theirs, strict=True)) < 1e-4
 
 
 def test_the_same_answers_in_a_batch(monkeypatch: pytest.MonkeyPatch, shared_file: Callable[[str], Path]) -> None:
@@ -214,8 +262,48 @@ def test_small_budgets_and_random_weights(monkeypatch: pytest.MonkeyPatch) -> No
     assert any(max(plan.counts) > 1 and min(plan.counts) == 1 for plan in plans)
 
 
-def test_logprobs_of_a_prompt_come_from_the_plain_path() -> None:
+def test_logprobs_of_a_prompt_come_from_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
     params = [replace(one, prompt_logprobs=1) for one in PARAMS]
-    plain = answers(GROUPED, params)
+    plain, plans = answers(GROUPED, params), served(monkeypatch)
     assert_equal(plain, answers(GROUPED, params, compile=True))
     assert all(one.prompt_logprobs for one, prompt in zip(plain, PROMPTS, strict=True) if len(prompt) > 1)
+    assert plans and all(max(plan.counts) == 1 for plan in plans)
+
+
+def test_preempted_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache too small for all at once: some are computed again from their first token."""
+    memory = 20 * 2 * GROUPED.n_layers * 16 * GROUPED.kv_dim * 4
+    plain, plans = answers(GROUPED), served(monkeypatch)
+    assert_equal(plain, answers(GROUPED, compile=True, kv_memory=memory))
+    assert any(seq.preemptions for plan in plans for seq in plan.seqs)
+
+
+def test_steps_that_fail_are_run_on_the_plain_path(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once: what failed is not asked again."""
+    plain, calls = answers(GROUPED), []
+
+    def fail(self: CompiledBatch, plan: Plan) -> torch.Tensor:
+        calls.append(plan)
+        raise RuntimeError("the compiler is gone")
+
+    monkeypatch.setattr(CompiledBatch, "run", fail)
+    with caplog.at_level(logging.WARNING, "llama"):
+        assert_equal(plain, answers(GROUPED, compile=True))
+    assert len(calls) == 1 and "operator by operator" in caplog.text and "the compiler is gone" in caplog.text
+
+
+@pytest.mark.parametrize("missing, kept", [("CompiledBatch", "row"), ("CompiledRow", "batch")])
+def test_one_is_kept_when_the_other_cannot_be_compiled(
+    missing: str, kept: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError(f"no {missing}")
+
+    monkeypatch.setattr(llama.setup, missing, fail)
+    plans = {"row": served(monkeypatch, llama.compiled_row.CompiledRow), "batch": served(monkeypatch)}
+    with caplog.at_level(logging.WARNING, "llama"):
+        answers(GROUPED, compile=True)
+    assert f"no {missing}" in caplog.text
+    assert [name for name, found in plans.items() if found] == [kept]
