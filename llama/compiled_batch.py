@@ -29,7 +29,7 @@ _PROMPT_KEYS = 8192
 # With more tokens to a block, most of what is computed for short sequences would be thrown away.
 MOST_BLOCK_SIZE = 64
 # Every token that is computed puts as many blocks together as the one with most has: at most so many times the keys
-# that are seen. One sequence of 2000 keys beside 31 of 60, twice the keys, took 23 ms instead of 36.
+# that are seen. 30 tokens of a prompt beside a sequence of 2000 keys and 6 short ones, 1.6 times, took 20 ms, not 28.
 _TOGETHER = 4
 _MOST_BLOCKS = 4096  # of one sequence; Inductor would compile longer sums anew
 
