@@ -40,10 +40,10 @@ class QueryBlocks(NamedTuple):
         counts = -(-n_keys // block_size)
         n_queries, n_blocks, most = len(counts), int(counts.sum()), int(counts.max())
         owners = np.append(np.repeat(np.arange(n_queries), counts), 0)
+        # The last one's place lies behind all that anybody has, so that nothing of it is seen.
         places = np.append(np.arange(n_blocks) - np.repeat(np.cumsum(counts) - counts, counts), most)
         tokens = np.arange(block_size)
         seen = places[:, None] * block_size + tokens < n_keys[owners][:, None]
-        seen[-1] = False
         blocks = np.append(block_tables[owners[:-1], places[:-1]], 0).astype(np.int64)
         rows = np.where(seen, blocks[:, None] * block_size + tokens, 0)
         tables = np.full((n_queries, max(most, 2)), n_blocks)
