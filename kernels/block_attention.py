@@ -17,7 +17,7 @@ from torch import Tensor
 
 # The score of a token that is not to be seen. Finite, so that a block without any is worth nothing, and not NaN.
 _UNSEEN = -1e30
-# fp32 numbers of a vector register with AVX-512; with narrower ones a loop takes two for one.
+# fp32 numbers of a vector register with AVX-512.
 _LANES = 16
 
 

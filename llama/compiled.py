@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import LinearWeight
+from llama.model import Block
+
 _OPTIONS: dict[str, str | int | bool] = {
     "size_asserts": False,  # of what the callers themselves hand over; 4 us a call
     "assert_indirect_indexing": False,  # rows of the cache, which the scheduler gave out
@@ -42,9 +45,14 @@ def compile_apart(function: Any, is_checked: Callable[[str, str], bool], any_thr
     return torch.compile(own, fullgraph=True, options=_OPTIONS | guards | threads)
 
 
-def layers_at_once(n_layers: int) -> int:
-    """How many of them become one function."""
-    return next(n for n in _AT_ONCE if n_layers % n == 0)
+def weights_of_calls(blocks: list[Block], form: Callable[[LinearWeight], Tensor]) -> list[list[list[Tensor]]]:
+    """For each call, its layers' weights: both norms, then qkv, o, gate_up and down in the form that is multiplied."""
+    n = next(n for n in _AT_ONCE if len(blocks) % n == 0)
+    layers = [
+        [b.attn_norm, b.mlp_norm, *(form(matrix) for matrix in (b.qkv_proj, b.o_proj, b.gate_up_proj, b.down_proj))]
+        for b in blocks
+    ]
+    return [layers[i : i + n] for i in range(0, len(layers), n)]
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

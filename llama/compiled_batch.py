@@ -8,7 +8,7 @@ Short prompts go the same way, beside sequences that decode or alone, each token
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 from kernels import LinearWeight, QueryBlocks, attend_blocks, packed_linear
 from llama.batch import Batch
 from llama.cache import KVCache
-from llama.compiled import compile_apart, layers_at_once, norm, rotate
-from llama.model import Block, Transformer
+from llama.compiled import compile_apart, norm, rotate, weights_of_calls
+from llama.model import Transformer
 from llama.scheduler import Plan
 
 # Keys that all tokens of a step's prompts may see, in whole blocks: 120 tokens of one prompt, or 10 behind 800. With 7
@@ -46,10 +46,9 @@ class CompiledBatch:
         self.model, self.cache = model, cache
         self._layers: Layers = compile_apart(_layers_of(model), _is_size, any_threads=True)
         self._head = compile_apart(_head_of(model), _is_size, any_threads=True)
-        n = layers_at_once(len(model.blocks))
-        weights = [_weights(block) for block in model.blocks]
-        cached = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(cache.k, cache.v, strict=True)]
-        self._groups = [(weights[i : i + n], cached[i : i + n]) for i in range(0, len(weights), n)]
+        cached = iter([(k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(cache.k, cache.v, strict=True)])
+        calls = weights_of_calls(model.blocks, lambda matrix: matrix.data)
+        self._calls = [(weights, list(islice(cached, len(weights)))) for weights in calls]
         self._compile()
 
     def _compile(self) -> None:
@@ -63,7 +62,7 @@ class CompiledBatch:
         for tensor in (x, positions, kv_index, wanted, *blocks):
             torch._dynamo.mark_dynamic(tensor, 0)
         torch._dynamo.mark_dynamic(blocks.tables, 1)
-        weights, cached = self._groups[0]
+        weights, cached = self._calls[0]
         x = self._layers(x, weights, self.model.cos_sin, positions, kv_index, cached, blocks)[0]
         torch._dynamo.mark_dynamic(x, 0)
         self._head(x, wanted, self.model.norm, self.model.lm_head.data)
@@ -93,7 +92,7 @@ class CompiledBatch:
         assert batch.attention.cpu is not None
         blocks = batch.attention.cpu.blocks
         x = F.embedding(batch.token_ids, model.embedding).float()
-        for weights, cached in self._groups:
+        for weights, cached in self._calls:
             x = self._layers(x, weights, model.cos_sin, batch.positions, batch.kv_index, cached, blocks)[0]
         logits: Tensor = self._head(x, batch.logit_rows, model.norm, model.lm_head.data)
         return logits[: len(wanted)]
@@ -109,11 +108,6 @@ def _is_size(name: str, guard_type: str) -> bool:
     """Of what guards check, sizes may change: after a `torch.compiler.reset()`, which others in the process may call,
     functions are compiled anew for the first ones that come."""
     return guard_type == "SHAPE_ENV" or name in ("x", "rows", "blocks.rows", "blocks.tables")
-
-
-def _weights(block: Block) -> list[Tensor]:
-    matrices = (block.qkv_proj, block.o_proj, block.gate_up_proj, block.down_proj)
-    return [block.attn_norm, block.mlp_norm, *(matrix.data for matrix in matrices)]
 
 
 def _layers_of(model: Transformer) -> Layers:

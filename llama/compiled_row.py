@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llama.cache import KVCache
-from llama.compiled import compile_apart, layers_at_once, norm, rotate
-from llama.model import Block, Transformer
+from llama.compiled import compile_apart, norm, rotate, weights_of_calls
+from llama.model import Transformer
 from llama.scheduler import Plan
 
 # Inductor compiles sizes 0 and 1 as constants; with this many cached tokens all lengths share one function.
@@ -35,12 +35,12 @@ class CompiledRow:
         self.model, self.cache = model, cache
         self._layers: Layers = compile_apart(_layers_of(model), _is_length, any_threads=False)
         self._head = compile_apart(_head_of(model), _is_length, any_threads=False)
-        n = layers_at_once(len(model.blocks))
-        weights = [_weights(block) for block in model.blocks]
-        self._weights = [weights[i : i + n] for i in range(0, len(weights), n)]
+        self._weights = weights_of_calls(model.blocks, lambda matrix: matrix.one_row)
         self._lm_head = model.lm_head.one_row
         self._rows = cache.whole.flatten(0, 1).flatten(1, 2)  # [2 * n_layers, tokens, n_kv_heads, head_dim], k then v
-        cached = list(self._rows.new_zeros((2 * n, _MIN_CACHED + 1, *self._rows.shape[2:])).unbind(0))
+        cached = list(
+            self._rows.new_zeros((2 * len(self._weights[0]), _MIN_CACHED + 1, *self._rows.shape[2:])).unbind(0)
+        )
         for keys_or_values in cached:
             torch._dynamo.mark_dynamic(keys_or_values, 0)
         x = model.embedding[0].to(torch.float32, copy=True)
@@ -77,11 +77,6 @@ class CompiledRow:
 def _is_length(name: str, guard_type: str) -> bool:
     """Of what guards check only the number of cached tokens ever changes, for all tensors of a call alike."""
     return "cached" in name and name.endswith("[0]")
-
-
-def _weights(block: Block) -> list[Tensor]:
-    matrices = (block.qkv_proj, block.o_proj, block.gate_up_proj, block.down_proj)
-    return [block.attn_norm, block.mlp_norm, *(matrix.one_row for matrix in matrices)]
 
 
 def _layers_of(model: Transformer) -> Layers:

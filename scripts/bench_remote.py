@@ -41,7 +41,7 @@ class Remote:
 class RemoteSides:
     """`sides`: what make(*args) makes in a process of its own, which ends with the `with` block. Both are pickled.
 
-    Each process does what serve.py does, whoever's engine it holds: what is loaded by then is out of the garbage
+    Each process does what serve.py does, whosever engine it holds: what is loaded by then is out of the garbage
     collector's way. With torch.compile's modules a full collection took 260 ms, in one run of four.
     """
 
