@@ -46,8 +46,9 @@ def tiny_model(device: torch.device) -> tuple[Transformer, KVCache]:
 
 
 def three_sequences(graphs: bool, ahead: bool, card: Card | None, watch: Callable[[EngineLoop], None]) -> Answers:
-    """Tokens and logprobs of three sequences of different lengths that decode together and end one by one, the first
-    on a stop id. One is sent back on the way, and so gets another block table. watch: called before every step."""
+    """Tokens and logprobs of three sequences of different lengths that decode together, into new blocks, and end one by
+    one, the first on a stop id. One is sent back on the way, and so gets another block table. watch: called before
+    every step."""
     device = DEVICE if card else CPU
     with torch.inference_mode(), card or contextlib.nullcontext():
         model, cache = tiny_model(device)
@@ -58,7 +59,7 @@ def three_sequences(graphs: bool, ahead: bool, card: Card | None, watch: Callabl
             prompt = [1] + [(7 * i + 5 * j) % 120 + 3 for j in range(length - 1)]
             params = SamplingParams(temperature=0.0 if i else 0.8, logprobs=0)
             mailboxes.append(Mailbox(1, None, lambda _: None))
-            seq = Sequence(Request([prompt], params), 0, prompt, length, length + 9 - i, i, STOP_IDS)
+            seq = Sequence(Request([prompt], params), 0, prompt, length, length + 12 - i, i, STOP_IDS)
             loop.add(mailboxes[-1], [(seq, None)])
         sent_back = vain = 0
         while loop.scheduler.has_work:
@@ -133,9 +134,10 @@ def test_without_waiting_for_its_buffer_a_graph_reads_the_next_step(
     assert three_sequences(graphs=True, ahead=True, card=Card(), watch=nothing) != in_turn
 
 
-def test_without_waiting_for_a_step_its_tokens_are_not_there(monkeypatch: pytest.MonkeyPatch, in_turn: Answers) -> None:
+def test_without_waiting_for_a_step_its_tokens_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Event, "synchronize", lambda self: None)
-    assert three_sequences(graphs=False, ahead=False, card=Card(), watch=nothing) != in_turn
+    with pytest.raises(OverflowError):  # the poison is no token
+        three_sequences(graphs=False, ahead=False, card=Card(), watch=nothing)
 
 
 def test_what_the_card_refuses() -> None:
