@@ -16,20 +16,30 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.attention_plan import AttentionPlan, CpuPlan, check_layout, plan_triton
+from kernels.attention_plan import (
+    TILE_POSITIONS,
+    AttentionPlan,
+    CpuPlan,
+    check_layout,
+    plan_capture,
+    plan_triton,
+    prefill_tiles,
+)
 from kernels.block_attention import QueryBlocks, attend_blocks
 from kernels.launch import HAS_TRITON, runs_triton
 from kernels.linear_weight import LinearWeight, pack_weight
 from kernels.packed_linear import packed_linear
 from kernels.pages import zeros_on_large_pages
-from kernels.transfer import fetch, upload
+from kernels.transfer import Mirror, fetch, upload
 
 if HAS_TRITON:
     from kernels import triton_ops
 
 __all__ = [
+    "TILE_POSITIONS",
     "AttentionPlan",
     "LinearWeight",
+    "Mirror",
     "QueryBlocks",
     "adjust_logits",
     "attend_blocks",
@@ -41,6 +51,8 @@ __all__ = [
     "packed_linear",
     "paged_attention",
     "plan_attention",
+    "plan_capture",
+    "prefill_tiles",
     "rms_norm",
     "rope_table",
     "rope_write",
@@ -128,9 +140,7 @@ def plan_attention(
     """Lay out one step for `paged_attention`; built once, read by every layer.
 
     cu_seqlens_q: [n_seqs + 1] int32. seqlens_k: [n_seqs] int32 >= 1. block_tables: [n_seqs, width] int32.
-    All on the host. For a graph to capture, plan the longest lengths it will serve, one query each: replays may then
-    overwrite the plan's tensors with shorter ones, and with length 0 for padding rows.
-    Raises ValueError on a layout whose rows or keys lie nowhere.
+    All on the host. Raises ValueError on a layout whose rows or keys lie nowhere.
     """
     check_layout(cu_seqlens_q, seqlens_k, block_tables, block_size)
     on_cpu = not runs_triton(device)

@@ -167,7 +167,7 @@ class AttentionPlan:
     """Layout of one step's batch.
 
     cu_seqlens_q: [n_seqs + 1] int32, running sum of the query rows per sequence.
-    seqlens_k: [n_seqs] int32, keys per sequence, this step's included; 0 marks a padding row of a captured graph.
+    seqlens_k: [n_seqs] int32, keys per sequence, this step's included; 0 marks padding of a captured graph.
     block_tables: [n_seqs, width] int32, cache blocks per sequence, 0 past the end.
     max_seqlen_q, max_seqlen_k: the largest of each, on the host.
     cpu: only for CPU tensors. triton: only where operations run as Triton kernels.
@@ -264,12 +264,32 @@ def plan_triton(
 ) -> TritonPlan:
     """The Triton side of a plan. Arguments as in `AttentionPlan`, as numpy arrays."""
     n_queries = np.diff(cu_seqlens_q)
+    (tiles,) = upload(device, prefill_tiles(cu_seqlens_q, seqlens_k))
+    arrivals = torch.zeros(len(n_queries) * MAX_KV_HEADS, dtype=torch.int32, device=device)
+    return TritonPlan(int(cu_seqlens_q[-1]), int(tables.max()), tiles, bool((n_queries == 1).any()), arrivals)
+
+
+def prefill_tiles(cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray) -> np.ndarray:
+    """`TritonPlan.tiles`, as a numpy array."""
+    n_queries = np.diff(cu_seqlens_q)
     work = [
         (s, t)
         for s in np.flatnonzero(n_queries > 1).tolist()
         for t in range(int(seqlens_k[s] - n_queries[s]) // TILE_POSITIONS, -(-int(seqlens_k[s]) // TILE_POSITIONS))
     ]
     work.sort(key=lambda item: -item[1])
-    (tiles,) = upload(device, np.array(work, np.int32).reshape(-1, 2))
-    arrivals = torch.zeros(len(n_queries) * MAX_KV_HEADS, dtype=torch.int32, device=device)
-    return TritonPlan(int(cu_seqlens_q[-1]), int(tables.max()), tiles, bool((n_queries == 1).any()), arrivals)
+    return np.array(work, np.int32).reshape(-1, 2)
+
+
+def plan_capture(
+    cu_seqlens_q: Tensor, seqlens_k: Tensor, block_tables: Tensor, tiles: Tensor, n_rows: int, max_seqlen_k: int
+) -> AttentionPlan:
+    """A plan for a graph to capture, of tensors on a card that hold something else in every replay.
+
+    They are as `AttentionPlan` and `TritonPlan` say, and as long as the graph's largest step wants them. What a replay
+    does not need of them is padding: sequences of no queries and length 0, rows that belong to no sequence, and tiles
+    (0, -1). max_seqlen_k: the longest that a sequence can be.
+    """
+    arrivals = torch.zeros(len(seqlens_k) * MAX_KV_HEADS, dtype=torch.int32, device=seqlens_k.device)
+    work = TritonPlan(n_rows, 0, tiles, True, arrivals)
+    return AttentionPlan(cu_seqlens_q, seqlens_k, block_tables, n_rows, max_seqlen_k, triton=work)

@@ -34,6 +34,33 @@ def fetch(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).copy_(tensor, non_blocking=True)
 
 
+class Mirror:
+    """Arrays on the host, and the same on the device as they were when `send` was last called.
+
+    arrays: to be written. tensors: their copies on the device, which keep their places.
+    """
+
+    def __init__(self, device: torch.device, *arrays: np.ndarray) -> None:
+        """arrays: contiguous; what the mirror holds first."""
+        on_cuda = device.type == "cuda"
+        self._host = pack(arrays, pin_memory=on_cuda)
+        self._there = self._host.to(device, copy=True)
+        self.arrays = [tensor.numpy() for tensor in unpack(self._host, arrays)]
+        self.tensors = unpack(self._there, arrays)
+        self._sent = torch.cuda.Event() if on_cuda else None
+
+    def wait(self) -> None:
+        """Until the arrays may be written again: until the last copy of them has been made."""
+        if self._sent is not None:
+            self._sent.synchronize()
+
+    def send(self) -> None:
+        """Copy the arrays to the device, in one go and in its turn."""
+        self._there.copy_(self._host, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
+
+
 def pack(arrays: Sequence[np.ndarray], pin_memory: bool) -> Tensor:
     """The bytes of the arrays, one behind the other, each at a multiple of _ALIGN. Returns [bytes] uint8."""
     packed = torch.empty(sum(_room(array) for array in arrays), dtype=torch.uint8, pin_memory=pin_memory)

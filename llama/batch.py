@@ -32,30 +32,29 @@ class LastStep:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """One step.
+class Layout:
+    """A plan's sequences one behind the other, in its order, on the host.
 
-    token_ids, positions, kv_index: [rows] int64, a row per token to compute; kv_index is its flat row in the cache.
-    attention: which rows and cache blocks belong together. logit_rows: [n] int64, rows whose logits are wanted.
+    rows: [3, n_rows] int64: token id, position and flat row of the cache. cu_seqlens_q: [n_seqs + 1] int32.
+    seqlens_k: [n_seqs] int32. block_tables: [n_seqs, width] int32, 0 past an end.
+    unread: [n, 2] int64: a row whose token the host does not know yet, and its row of the last step.
     """
 
-    token_ids: Tensor
-    positions: Tensor
-    kv_index: Tensor
-    attention: kernels.AttentionPlan
-    logit_rows: Tensor
+    rows: np.ndarray
+    cu_seqlens_q: np.ndarray
+    seqlens_k: np.ndarray
+    block_tables: np.ndarray
+    unread: np.ndarray
 
     @classmethod
-    def from_plan(
-        cls, plan: Plan, logit_rows: list[int], block_size: int, device: torch.device, last: LastStep | None = None
-    ) -> Batch:
-        """Lay the plan's sequences one behind the other, in its order. last: where to find tokens not read yet."""
-        n_rows, n_seqs = plan.n_tokens, len(plan.seqs)
-        rows = np.empty((3, n_rows), np.int64)
+    def of(cls, plan: Plan, block_size: int, last: LastStep | None) -> Layout:
+        """last: where to find tokens not read yet."""
+        n_seqs = len(plan.seqs)
+        rows = np.empty((3, plan.n_tokens), np.int64)
         starts = np.zeros(n_seqs + 1, np.int32)
         lengths = np.empty(n_seqs, np.int32)
         tables = np.zeros((n_seqs, max(len(seq.block_table) for seq in plan.seqs)), np.int32)
-        unread: list[tuple[int, int]] = []  # (row, row of the last step)
+        unread: list[tuple[int, int]] = []
         row = 0
         for i, (seq, first, n) in enumerate(zip(plan.seqs, plan.firsts, plan.counts, strict=True)):
             ids, table = seq.token_ids, seq.block_table
@@ -75,11 +74,32 @@ class Batch:
             row += n
             starts[i + 1] = row
             lengths[i] = first + n
-        known, wanted, pairs = kernels.upload(
-            device, rows, np.array(logit_rows, np.int64), np.array(unread, np.int64).reshape(-1, 2)
-        )
+        return cls(rows, starts, lengths, tables, np.array(unread, np.int64).reshape(-1, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step.
+
+    token_ids, positions, kv_index: [rows] int64, a row per token to compute; kv_index is its flat row in the cache.
+    attention: which rows and cache blocks belong together. logit_rows: [n] int64, rows whose logits are wanted.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    kv_index: Tensor
+    attention: kernels.AttentionPlan
+    logit_rows: Tensor
+
+    @classmethod
+    def from_plan(
+        cls, plan: Plan, logit_rows: list[int], block_size: int, device: torch.device, last: LastStep | None = None
+    ) -> Batch:
+        """On the device, as `Layout` has it. last: where to find tokens not read yet."""
+        made = Layout.of(plan, block_size, last)
+        known, wanted, pairs = kernels.upload(device, made.rows, np.array(logit_rows, np.int64), made.unread)
         token_ids, positions, kv_index = known.unbind(0)
-        if unread and last is not None:
+        if last is not None and len(pairs):
             last.fill(token_ids, *pairs.unbind(1))
-        attention = kernels.plan_attention(starts, lengths, tables, block_size, device)
+        attention = kernels.plan_attention(made.cu_seqlens_q, made.seqlens_k, made.block_tables, block_size, device)
         return cls(token_ids, positions, kv_index, attention, wanted)

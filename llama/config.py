@@ -234,7 +234,8 @@ class EngineConfig:
     CPU what the slots can use, at most a quarter of the free memory.
     max_seq_len: a context shorter than the model's own. prefix_cache: keep and find the blocks of equal prompt starts.
     batch_invariant: same bits alone and in any batch; None = on for CUDA, off for the CPU, where it took two
-    thirds of a small model's batch-1 speed. cuda_graphs: replay decode steps as CUDA graphs; nothing on the CPU.
+    thirds of a small model's batch-1 speed. cuda_graphs: replay decodes and short prompts as CUDA graphs; nothing on
+    the CPU.
     compile: on the CPU, decode, and compute short prompts, with layers that torch.compile made: a step takes a
     twentieth to a half less, for twice the memory of the weights and up to a minute at the first start. Needs a C++
     compiler; without one the engine says so in the log and runs as ever. Not with batch_invariant or steps_ahead.

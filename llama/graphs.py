@@ -1,16 +1,15 @@
-"""`DecodeGraphs`: decode steps as CUDA graphs, so that a step costs one launch from the host instead of hundreds.
+"""`StepGraph`: a step as a CUDA graph, so that it costs one launch from the host instead of hundreds.
 
-A graph replays fixed kernels on fixed addresses. So there is one for each of a few batch sizes, with input buffers of
-its own that a step overwrites; rows beyond the step's own sequences are padding: length 0, and cache row -1, which is
-written nowhere. The work of a row is found on the device from its length, so a graph serves every length.
-
-The buffers keep what they hold from step to step: of the block tables only what was appended is written, as long as a
-sequence keeps its row.
+A graph replays fixed kernels on fixed addresses. So it has input buffers of its own that a step overwrites, and what
+the step leaves of them is padding, which reaches no result. The work of a row is found on the device from its length,
+so a graph serves every length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -20,16 +19,41 @@ import kernels
 from llama.batch import Batch, LastStep
 from llama.cache import KVCache
 from llama.model import Transformer
-from llama.scheduler import Plan
-
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 # Turns a step (a function that computes into fresh tensors) into a replay of it (into the same tensors, every time).
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
+Array = TypeVar("Array", np.ndarray, Tensor)
 
-class DecodeGraphs:
-    """Graphs for up to `max_size` sequences (at most 256), each captured when first needed, or by `capture_all`."""
+
+@dataclass(frozen=True, slots=True)
+class StepInputs(Generic[Array]):
+    """What a captured step reads, on the host or on the device; n_rows tokens of n_seqs sequences.
+
+    token_ids, positions: [n_rows] int64. kv_index: [n_rows] int64, flat row of the cache; -1 for padding.
+    unread_rows, unread_sources: [n_rows] int64, rows whose token the host does not know, and its row of the last step.
+    wanted: [n_seqs] int64, rows whose logits are made.
+    cu_seqlens_q: [n_seqs + 1]. seqlens_k: [n_seqs]. block_tables: [n_seqs, width]. tiles: [n_tiles, 2]. All int32, as
+    in `kernels.plan_capture`.
+    """
+
+    token_ids: Array
+    positions: Array
+    kv_index: Array
+    unread_rows: Array
+    unread_sources: Array
+    wanted: Array
+    cu_seqlens_q: Array
+    seqlens_k: Array
+    block_tables: Array
+    tiles: Array
+
+
+class StepGraph:
+    """Of up to n_rows tokens of up to n_seqs sequences; n_tiles: of `kernels.prefill_tiles`.
+
+    wanted: the rows whose logits are made, [n_seqs]. cu_seqlens_q: what it begins with, [n_seqs + 1].
+    """
 
     def __init__(
         self,
@@ -37,112 +61,42 @@ class DecodeGraphs:
         cache: KVCache,
         device: torch.device,
         max_seq_len: int,
-        max_size: int,
         capture: Capture,
+        n_rows: int,
+        n_seqs: int,
+        n_tiles: int,
     ) -> None:
-        self.model, self.cache, self.device, self.max_seq_len = model, cache, device, max_seq_len
-        largest = min(max_size, SIZES[-1])
-        self.sizes = [size for size in SIZES if size < largest] + [largest]
-        self._capture = capture
-        self._graphs: dict[int, DecodeGraph] = {}
+        rows, width = [np.zeros(n_rows, np.int64) for _ in range(5)], -(-max_seq_len // cache.block_size)
+        seqs = [np.zeros(shape, np.int32) for shape in ((n_seqs + 1,), (n_seqs,), (n_seqs, width), (n_tiles, 2))]
+        self._mirror = kernels.Mirror(device, *rows, np.zeros(n_seqs, np.int64), *seqs)
+        self._host: StepInputs[np.ndarray] = StepInputs(*self._mirror.arrays)
+        self._host.kv_index[:] = -1
+        self._host.tiles[:, 1] = -1
+        self._mirror.send()
+        self._device: StepInputs[Tensor] = StepInputs(*self._mirror.tensors)
+        there = self._device
+        attention = kernels.plan_capture(
+            there.cu_seqlens_q, there.seqlens_k, there.block_tables, there.tiles, n_rows, max_seq_len
+        )
+        # What the graph reads must outlive it.
+        self._batch = Batch(there.token_ids, there.positions, there.kv_index, attention, there.wanted)
+        self._replay = capture(lambda: model.logits(model.forward(self._batch, cache)))
 
-    def serves(self, plan: Plan) -> bool:
-        """Whether the plan is a decode of sequences that all yield a token, few enough for the largest graph."""
-        return len(plan.seqs) <= self.sizes[-1] and max(plan.counts) == 1 and all(plan.yields)
+    def begin(self) -> StepInputs[np.ndarray]:
+        """Arrays to write the next step into; they hold the last one. Waits until the device has read that."""
+        self._mirror.wait()
+        return self._host
 
-    def run(self, plan: Plan, last: LastStep | None = None) -> Tensor:
-        """Logits [len(plan.seqs), vocab_size] fp32; valid until the next run. last: has the tokens not read yet."""
-        size = next(size for size in self.sizes if size >= len(plan.seqs))
-        return self._graph(size).run(plan, last)[: len(plan.seqs)]
+    def run(self, n_unread: int, last: LastStep | None) -> Tensor:
+        """What `begin` gave, computed. n_unread: how many of the step's tokens `last` has.
 
-    def capture_all(self, up_to: int) -> None:
-        """Capture the graphs for up to that many sequences, smallest first, so that serving need not stop for it."""
-        for size in self.sizes:
-            self._graph(size)
-            if size >= up_to:
-                break
-
-    def _graph(self, size: int) -> DecodeGraph:
-        if size not in self._graphs:
-            self._graphs[size] = DecodeGraph(self.model, self.cache, self.device, self.max_seq_len, size, self._capture)
-        return self._graphs[size]
-
-
-class DecodeGraph:
-    """One size. The inputs travel in one copy, as int64: six columns [size], then the block tables [size, width].
-
-    The columns: cache row, position, token, row whose token is not read yet, its row of the last step, length.
-    """
-
-    def __init__(
-        self, model: Transformer, cache: KVCache, device: torch.device, max_seq_len: int, size: int, capture: Capture
-    ) -> None:
-        self.size, self.block_size = size, cache.block_size
-        self.width = -(-max_seq_len // cache.block_size)
-        starts, lengths = np.arange(size + 1, dtype=np.int32), np.full(size, max_seq_len, np.int32)
-        tables = np.zeros((size, self.width), np.int32)
-        plan = kernels.plan_attention(starts, lengths, tables, cache.block_size, device)
-        on_cuda = device.type == "cuda"
-        self._host = torch.zeros(size * (6 + self.width), dtype=torch.int64, pin_memory=on_cuda)
-        self._columns, self._tables = (part.numpy() for part in self._parts(self._host))
-        self._columns[:3] = [[-1], [0], [0]]
-        self._inputs = self._host.to(device)
-        self._device_columns, device_tables = self._parts(self._inputs)
-        kv_index, positions, token_ids, _, _, device_lengths = self._device_columns.unbind(0)
-        batch = Batch(token_ids, positions, kv_index, plan, torch.arange(size, device=device))
-        self._batch = batch  # what the graph reads must outlive it
-        self._copied = torch.cuda.Event() if on_cuda else None
-        # What each row of the host's tables holds: how many blocks of which list. A sequence only ever appends to its
-        # block table, or gets another list.
-        self._held: list[tuple[list[int], int]] = [([], 0)] * size
-
-        def step() -> Tensor:
-            plan.seqlens_k.copy_(device_lengths)
-            plan.block_tables.copy_(device_tables)
-            return model.logits(model.forward(batch, cache))
-
-        self._replay = capture(step)
-
-    def run(self, plan: Plan, last: LastStep | None) -> Tensor:
-        if self._copied is not None:
-            self._copied.synchronize()  # the last step's copy out of the buffer; made by now, but for a stalled device
-        n_unread = self._fill(plan, last)
-        self._inputs.copy_(self._host, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        Logits [n_seqs, vocab_size] fp32, of the rows `wanted`; valid until the next run.
+        """
+        self._mirror.send()
         if n_unread and last is not None:
-            last.fill(self._batch.token_ids, self._device_columns[3, :n_unread], self._device_columns[4, :n_unread])
+            there = self._device
+            last.fill(there.token_ids, there.unread_rows[:n_unread], there.unread_sources[:n_unread])
         return self._replay()
-
-    def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns [6, size] and tables [size, width] of a flat buffer."""
-        columns, tables = buffer.split([6 * self.size, self.size * self.width])
-        return columns.view(6, self.size), tables.view(self.size, self.width)
-
-    def _fill(self, plan: Plan, last: LastStep | None) -> int:
-        """Write the plan into the host's buffer. Returns how many of its tokens are not read yet."""
-        n, size, held = len(plan.seqs), self.block_size, self._held
-        tokens: list[int] = []
-        unread: list[tuple[int, int]] = []
-        for i, (seq, first) in enumerate(zip(plan.seqs, plan.firsts, strict=True)):
-            ids, table = seq.token_ids, seq.block_table
-            if held[i][0] is not table or held[i][1] != len(table):
-                begin = held[i][1] if held[i][0] is table else 0
-                self._tables[i, begin : len(table)] = table[begin:]
-                held[i] = table, len(table)
-            if first < len(ids) or last is None:
-                tokens.append(ids[first])
-            else:
-                tokens.append(0)
-                unread.append((i, last.row_of[seq]))
-        kv_index, positions, token_ids, _, _, lengths = self._columns
-        positions[:n], token_ids[:n] = plan.firsts, tokens
-        lengths[:n] = positions[:n] + 1
-        kv_index[:n] = self._tables[np.arange(n), positions[:n] // size] * size + positions[:n] % size
-        kv_index[n:], positions[n:], token_ids[n:], lengths[n:] = -1, 0, 0, 0
-        if unread:
-            self._columns[3:5, : len(unread)] = np.array(unread).T
-        return len(unread)
 
 
 def capture_cuda() -> Capture:

@@ -18,8 +18,9 @@ from llama.batch import Batch, LastStep
 from llama.cache import KVCache
 from llama.compiled_batch import CompiledBatch
 from llama.compiled_row import CompiledRow
-from llama.graphs import DecodeGraphs
+from llama.decode_graphs import DecodeGraphs
 from llama.model import Transformer
+from llama.prompt_graphs import PromptGraphs
 from llama.sampler import Report, Sampled, Sampler, report_logprobs
 from llama.scheduler import Plan
 from llama.sequence import Sequence, TokenLogprobs
@@ -97,7 +98,8 @@ class PendingStep:
 
 
 class Runner:
-    """graphs, compiled: run the steps they serve, where given; every other step runs kernel by kernel.
+    """decode_graphs, prompt_graphs, compiled: run the steps they serve, where given; every other step runs kernel by
+    kernel.
 
     threads: CPU threads of one operation in steps of more than one_thread_rows rows; smaller steps use one.
     """
@@ -107,13 +109,14 @@ class Runner:
         model: Transformer,
         cache: KVCache,
         device: torch.device,
-        graphs: DecodeGraphs | None = None,
+        decode_graphs: DecodeGraphs | None = None,
+        prompt_graphs: PromptGraphs | None = None,
         compiled: Collection[CompiledRow | CompiledBatch] = (),
         threads: int = 1,
         one_thread_rows: int = 0,
     ) -> None:
         self.model, self.cache, self.device = model, cache, device
-        self.graphs, self.compiled = graphs, list(compiled)
+        self.decode_graphs, self.prompt_graphs, self.compiled = decode_graphs, prompt_graphs, list(compiled)
         self.threads, self.one_thread_rows = threads, one_thread_rows
         self.sampler = Sampler(device)
         self._last: LastStep | None = None
@@ -127,13 +130,13 @@ class Runner:
         """
         sampled, logits, prompts = None, None, []
         self._set_threads(plan.n_tokens)
-        if self.graphs is not None and self.graphs.serves(plan):
+        if self.decode_graphs is not None and self.decode_graphs.serves(plan):
             places = list(range(len(plan.seqs)))
-            logits = self.graphs.run(plan, self._last)
+            logits = self.decode_graphs.run(plan, self._last)
         else:
             wanted = wanted_rows(plan)
             places = wanted.sampled
-            logits = None if wanted.prompts else self._run_compiled(plan)
+            logits = None if wanted.prompts else self._run_whole(plan, wanted.rows)
             if logits is None:
                 hidden = self._forward(plan, wanted)
                 row = len(places)
@@ -143,7 +146,7 @@ class Runner:
                 if places:
                     logits = self.model.logits(hidden[: len(places)])
         self._last = None
-        if logits is not None:
+        if logits is not None and places:
             seqs = [plan.seqs[i] for i in places]
             sampled = self.sampler.sample(logits, seqs, [plan.firsts[i] + plan.counts[i] for i in places])
             self._last = LastStep(sampled.device_ids, seqs)
@@ -153,9 +156,12 @@ class Runner:
             done.record()
         return PendingStep(len(plan.seqs), places, sampled, prompts, done).result
 
-    def _run_compiled(self, plan: Plan) -> torch.Tensor | None:
-        """Logits of the sequences that yield a token, if compiled layers serve the plan. Those that fail once (they may
-        have to be compiled again, when others have reset the compiler) are not asked again."""
+    def _run_whole(self, plan: Plan, rows: list[int]) -> torch.Tensor | None:
+        """Logits of those rows, which are of the sequences that yield a token, if a graph or compiled layers serve the
+        plan. Compiled ones that fail once (they may have to be compiled again, when others have reset the compiler) are
+        not asked again."""
+        if self.prompt_graphs is not None and self.prompt_graphs.serves(plan):
+            return self.prompt_graphs.run(plan, rows, self._last)
         for steps in self.compiled:
             if steps.serves(plan):
                 try:

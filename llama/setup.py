@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,9 +15,11 @@ from llama.checkpoint import load_parameters, read_config, tokenizer_file
 from llama.compiled_batch import MOST_BLOCK_SIZE, CompiledBatch
 from llama.compiled_row import CompiledRow
 from llama.config import EngineConfig, ModelConfig
+from llama.decode_graphs import DecodeGraphs
 from llama.errors import ConfigError, TokenizerError
-from llama.graphs import DecodeGraphs, capture_cuda
+from llama.graphs import StepGraph, capture_cuda
 from llama.model import Transformer, random_parameters
+from llama.prompt_graphs import PromptGraphs
 from llama.runner import Runner
 from llama.tokenizer import Tokenizer
 
@@ -58,7 +61,7 @@ def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
     shape = model if isinstance(model, ModelConfig) else read_config(find_model(model))
     device = find_device(config.device)
     if config.compile and device.type != "cpu":
-        raise ConfigError("compile", True, f"is for the CPU; on {device.type} decode steps are CUDA graphs")
+        raise ConfigError("compile", True, f"is for the CPU; on {device.type} steps are CUDA graphs")
     dtype = _dtype(config.dtype, shape.dtype, device)
     max_seq_len = min(config.max_seq_len or shape.max_seq_len, shape.max_seq_len)
     # Not the number of threads either may change the bits of a row, so it stays the same then.
@@ -92,13 +95,25 @@ def build_runner(setup: Setup, progress: bool) -> Runner:
     cache_dtype = kernels.cache_dtype(dtype, device)
     with torch.inference_mode():  # views of it are then tensors like any other to torch.compile
         cache = KVCache.empty(config, plan.num_blocks, plan.block_size, cache_dtype, device)
-    graphs = None
+    decode_graphs, prompt_graphs = None, None
     if device.type == "cuda" and setup.config.cuda_graphs:
-        graphs = DecodeGraphs(model, cache, device, setup.max_seq_len, setup.config.max_batch_seqs, capture_cuda())
+        make = partial(StepGraph, model, cache, device, setup.max_seq_len, capture_cuda())
+        decode_graphs = DecodeGraphs(make, cache.block_size, setup.config.max_batch_seqs)
+        prompt_graphs = PromptGraphs(make, cache.block_size, setup.config.max_batch_tokens)
         with torch.inference_mode():
-            graphs.capture_all(up_to=setup.config.slots)
+            decode_graphs.capture_all(up_to=setup.config.slots)
+            prompt_graphs.capture_all()
     compiled = _compile(setup, model, cache) if setup.config.compile else []
-    return Runner(model, cache, device, graphs, compiled, setup.threads, setup.one_thread_rows)
+    return Runner(
+        model,
+        cache,
+        device,
+        decode_graphs=decode_graphs,
+        prompt_graphs=prompt_graphs,
+        compiled=compiled,
+        threads=setup.threads,
+        one_thread_rows=setup.one_thread_rows,
+    )
 
 
 def _compile(setup: Setup, model: Transformer, cache: KVCache) -> list[CompiledRow | CompiledBatch]:

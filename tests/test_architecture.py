@@ -29,6 +29,8 @@ LLAMA = [
     "llama.checkpoint",
     "llama.sampler",
     "llama.graphs",
+    "llama.decode_graphs",
+    "llama.prompt_graphs",
     "llama.compiled",
     "llama.compiled_row",
     "llama.compiled_batch",

@@ -6,7 +6,8 @@ import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -16,24 +17,28 @@ from api_cases import write_model
 from card import DEVICE, Card, Event, Operations
 
 import llama.engine
+from kernels import Mirror
 from llama import Engine, EngineConfig, SamplingParams
+from llama.batch import Batch
 from llama.blocks import BlockPool
 from llama.cache import KVCache
 from llama.config import ModelConfig
+from llama.decode_graphs import SIZES, DecodeGraphs, sizes_up_to
 from llama.engine import Completion
-from llama.graphs import SIZES, DecodeGraphs, capture_cuda
+from llama.graphs import StepGraph, capture_cuda
 from llama.loop import EngineLoop
 from llama.model import Transformer, random_parameters
+from llama.prompt_graphs import PromptGraphs
 from llama.request import Request
 from llama.runner import Runner
-from llama.scheduler import Scheduler
+from llama.scheduler import Plan, Scheduler
 from llama.sequence import Sequence
 from llama.setup import Setup, build_runner
 from llama.stream import Mailbox
 
 pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # of numpy, masked lanes
 
-TINY = ModelConfig(64, 2, 4, 2, 16, 96, 131, max_seq_len=64)
+TINY = ModelConfig(64, 2, 4, 2, 16, 96, 131, max_seq_len=160)
 CPU = torch.device("cpu")
 STOP_IDS = frozenset([31])  # the sixth token of the first sequence
 
@@ -42,7 +47,7 @@ Answers = list[tuple[list[int], list[float]]]
 
 def tiny_model(device: torch.device) -> tuple[Transformer, KVCache]:
     weights = {name: tensor.to(device) for name, tensor in random_parameters(TINY, torch.float32, CPU).items()}
-    return Transformer(TINY, weights, TINY.max_seq_len, True), KVCache.empty(TINY, 16, 16, torch.float32, device)
+    return Transformer(TINY, weights, TINY.max_seq_len, True), KVCache.empty(TINY, 32, 16, torch.float32, device)
 
 
 def three_sequences(graphs: bool, ahead: bool, card: Card | None, watch: Callable[[EngineLoop], None]) -> Answers:
@@ -52,8 +57,12 @@ def three_sequences(graphs: bool, ahead: bool, card: Card | None, watch: Callabl
     device = DEVICE if card else CPU
     with torch.inference_mode(), card or contextlib.nullcontext():
         model, cache = tiny_model(device)
-        made = DecodeGraphs(model, cache, device, TINY.max_seq_len, 8, capture_cuda()) if graphs else None
-        loop = EngineLoop(Scheduler(BlockPool(16, 16), 64, 8), Runner(model, cache, device, made), SimpleQueue(), ahead)
+        decodes = prompts = None
+        if graphs:
+            make = partial(StepGraph, model, cache, device, TINY.max_seq_len, capture_cuda())
+            decodes, prompts = DecodeGraphs(make, 16, 8), PromptGraphs(make, 16, 32)
+        runner = Runner(model, cache, device, decodes, prompts)
+        loop = EngineLoop(Scheduler(BlockPool(16, 16), 64, 8), runner, SimpleQueue(), ahead)
         mailboxes = []
         for i, length in enumerate((3, 17, 9)):
             prompt = [1] + [(7 * i + 5 * j) % 120 + 3 for j in range(length - 1)]
@@ -115,6 +124,7 @@ def test_what_a_decode_step_costs(ahead: bool) -> None:
     three_sequences(True, ahead, card, note)
     steps = [tuple(b - a for a, b in zip(one, two, strict=True)) for one, two in pairwise(costs)]
     assert steps[2] == (2, 5, 3, 1, 0, 0)
+    assert {step[3] for step in steps[:-1]} == {1}, "prompts, decodes, and both together are one graph each"
     assert sum(step[4] for step in steps) >= 2
     for step in steps:
         assert step[5] == 2 * step[4], "only captures may wait for all of it"
@@ -123,14 +133,7 @@ def test_what_a_decode_step_costs(ahead: bool) -> None:
 def test_without_waiting_for_its_buffer_a_graph_reads_the_next_step(
     monkeypatch: pytest.MonkeyPatch, in_turn: Answers
 ) -> None:
-    run = DecodeGraphs.run
-
-    def careless(self: DecodeGraphs, *args: object) -> torch.Tensor:
-        for graph in self._graphs.values():
-            graph._copied = None
-        return run(self, *args)
-
-    monkeypatch.setattr(DecodeGraphs, "run", careless)
+    monkeypatch.setattr(Mirror, "wait", lambda self: None)
     assert three_sequences(graphs=True, ahead=True, card=Card(), watch=nothing) != in_turn
 
 
@@ -153,12 +156,56 @@ def test_what_the_card_refuses() -> None:
                 wait()
 
 
-@pytest.mark.parametrize("max_size", [1, 3, 8, 30, 100, 256, 1000])
-def test_the_sizes_reach_what_was_asked_for(max_size: int) -> None:
-    model, cache = tiny_model(CPU)
-    sizes = DecodeGraphs(model, cache, CPU, TINY.max_seq_len, max_size, lambda step: step).sizes
-    assert sizes[-1] == min(max_size, SIZES[-1])
+@pytest.mark.parametrize("most", [1, 3, 8, 30, 100, 256, 1000])
+def test_the_sizes_reach_what_was_asked_for(most: int) -> None:
+    sizes = sizes_up_to(most, SIZES)
+    assert sizes[-1] == min(most, SIZES[-1])
     assert sizes == sorted(set(sizes))
+
+
+def some_plan(pieces: list[tuple[int, int]]) -> Plan:
+    """(first position, tokens) of each sequence, which has those tokens and no more, in blocks from 1 on."""
+    plan, block = Plan(), 1
+    for i, (first, n) in enumerate(pieces):
+        ids = [1] + [(11 * i + 3 * j) % 120 + 3 for j in range(first + n - 1)]
+        seq = Sequence(Request([ids], SamplingParams()), i, ids, len(ids), len(ids) + 9, i, STOP_IDS)
+        n_blocks = -(-len(ids) // 16)
+        seq.block_table = list(range(block, block + n_blocks))
+        block += n_blocks
+        plan.add(seq, first, n, True)
+    return plan
+
+
+@pytest.mark.parametrize(
+    "pieces", [[(0, 5)], [(120, 16)], [(130, 1), (0, 9), (125, 6)], [(7, 1), (31, 1), (127, 2)]], ids=str
+)
+def test_a_graph_of_prompts_gives_the_bits_of_the_eager_step(pieces: list[tuple[int, int]]) -> None:
+    """Pieces across tiles of attention, single tokens beside them, and what an earlier step has left in the inputs."""
+    with torch.inference_mode():
+        model, cache = tiny_model(CPU)
+        graphs = PromptGraphs(partial(StepGraph, model, cache, CPU, 160, lambda step: step), 16, 16)
+        for plan in (some_plan([(0, 2), (0, 3), (30, 11)]), some_plan(pieces)):
+            cache.whole.normal_()
+            rows = list(accumulate(plan.counts, initial=-1))[1:]
+            assert graphs.serves(plan)
+            logits = graphs.run(plan, rows).clone()
+            kept = cache.whole.clone()
+            eager = model.logits(model.forward(Batch.from_plan(plan, rows, 16, CPU), cache))
+            assert torch.equal(cache.whole, kept)
+            assert torch.equal(logits, eager)
+
+
+def test_what_a_graph_of_prompts_does_not_serve() -> None:
+    graphs = PromptGraphs(no_graph, 16, 2048)
+    assert graphs.sizes[-1] == 256
+    assert graphs.serves(some_plan([(0, 256)])) and not graphs.serves(some_plan([(0, 257)]))
+    assert graphs.serves(some_plan([(9, 1)] * 64)) and not graphs.serves(some_plan([(9, 1)] * 65))
+    assert graphs.serves(some_plan([(0, 2)] * 16)) and not graphs.serves(some_plan([(0, 2)] * 17))
+    assert graphs.serves(some_plan([(127, 2)] * 8)) and not graphs.serves(some_plan([(127, 2)] * 9))
+
+
+def no_graph(*_: int) -> StepGraph:
+    raise AssertionError("nothing is captured")
 
 
 REQUESTS = [
@@ -179,7 +226,7 @@ def engine_answers(model: Path, config: EngineConfig) -> list[Completion]:
 def test_a_whole_engine(tmp_path: Path, tiny_tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the files to the tokens: weights by pinned memory, graphs made ahead, penalties, the engine's own thread."""
     model = write_model(tmp_path, tiny_tokenizer_file, context=96, dim=64)
-    options = EngineConfig(slots=4, kv_memory=1 << 20, block_size=16, max_batch_tokens=24, dtype="float32")
+    options = EngineConfig(slots=4, kv_memory=1 << 20, block_size=16, max_batch_tokens=16, dtype="float32")
     plain = engine_answers(model, replace(options, device="cpu", batch_invariant=True))
     card = Card()
 

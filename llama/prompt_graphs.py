@@ -1,0 +1,70 @@
+"""`PromptGraphs`: steps with short prompts, or pieces of them, as CUDA graphs for a few numbers of tokens.
+
+Kernel by kernel, a step of Llama-2 7B is 290 launches, 5 to 8 ms of the host's time; with few tokens the card needs
+3 ms for it, which is reading the weights. From some hundred tokens on it takes longer than the launches do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+import kernels
+from llama.batch import LastStep, Layout
+from llama.decode_graphs import sizes_up_to
+from llama.graphs import StepGraph, StepInputs
+from llama.scheduler import Plan
+
+SIZES = (16, 32, 64, 96, 128, 192, 256)
+_MOST_SEQS = 64
+_TILES = 16  # of attention, for pieces of more than one token
+
+
+class PromptGraphs:
+    """Graphs for steps of up to `max_tokens` tokens (at most 256), each captured when first needed, or by
+    `capture_all`. make: (n_rows, n_seqs, n_tiles) -> a graph."""
+
+    def __init__(self, make: Callable[[int, int, int], StepGraph], block_size: int, max_tokens: int) -> None:
+        self._make, self.block_size = make, block_size
+        self.sizes = sizes_up_to(max_tokens, SIZES)
+        self._graphs: dict[int, StepGraph] = {}
+
+    def serves(self, plan: Plan) -> bool:
+        """Whether the plan's tokens, sequences and pieces of prompts are few enough."""
+        if plan.n_tokens > self.sizes[-1] or len(plan.seqs) > _MOST_SEQS:
+            return False
+        size, pieces = kernels.TILE_POSITIONS, zip(plan.firsts, plan.counts, strict=True)
+        return sum((first + n - 1) // size - first // size + 1 for first, n in pieces if n > 1) <= _TILES
+
+    def run(self, plan: Plan, rows: list[int], last: LastStep | None = None) -> Tensor:
+        """Logits [len(rows), vocab_size] fp32 of those rows, at most one of each sequence; valid until the next run.
+        last: has the tokens not read yet."""
+        graph = self._graph(next(size for size in self.sizes if size >= plan.n_tokens))
+        layout = Layout.of(plan, self.block_size, last)
+        _fill(graph.begin(), layout, rows)
+        return graph.run(len(layout.unread), last)[: len(rows)]
+
+    def capture_all(self) -> None:
+        for size in self.sizes:
+            self._graph(size)
+
+    def _graph(self, size: int) -> StepGraph:
+        if size not in self._graphs:
+            self._graphs[size] = self._make(size, min(size, _MOST_SEQS), _TILES)
+        return self._graphs[size]
+
+
+def _fill(inputs: StepInputs[np.ndarray], layout: Layout, rows: list[int]) -> None:
+    n_rows, (n_seqs, width) = layout.rows.shape[1], layout.block_tables.shape
+    tiles = kernels.prefill_tiles(layout.cu_seqlens_q, layout.seqlens_k)
+    inputs.token_ids[:n_rows], inputs.positions[:n_rows], inputs.kv_index[:n_rows] = layout.rows
+    inputs.token_ids[n_rows:], inputs.positions[n_rows:], inputs.kv_index[n_rows:] = 0, 0, -1
+    inputs.cu_seqlens_q[: n_seqs + 1], inputs.cu_seqlens_q[n_seqs + 1 :] = layout.cu_seqlens_q, n_rows
+    inputs.seqlens_k[:n_seqs], inputs.seqlens_k[n_seqs:] = layout.seqlens_k, 0
+    inputs.block_tables[:n_seqs, :width] = layout.block_tables
+    inputs.tiles[: len(tiles)], inputs.tiles[len(tiles) :] = tiles, (0, -1)
+    inputs.wanted[: len(rows)], inputs.wanted[len(rows) :] = rows, 0
+    n_unread = len(layout.unread)
+    inputs.unread_rows[:n_unread], inputs.unread_sources[:n_unread] = layout.unread.T
