@@ -252,7 +252,7 @@ def test_the_same_answers_in_a_batch(monkeypatch: pytest.MonkeyPatch, shared_fil
     model = shared_file("models/stories260K-hf")
     plain, plans = answers(model), served(monkeypatch)
     assert_equal(plain, answers(model, compile=True))
-    assert len(plans) >= 34  # all but the step of the longest prompt, and those of the last sequence alone
+    assert len(plans) >= 20  # 34 when all begin together: neither the longest prompt nor the last one alone
 
 
 def test_small_budgets_and_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
