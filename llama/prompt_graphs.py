@@ -18,8 +18,9 @@ from llama.graphs import StepGraph, StepInputs
 from llama.scheduler import Plan
 
 SIZES = (16, 32, 64, 96, 128, 192, 256)
-_MOST_SEQS = 64
-_TILES = 16  # of attention, for pieces of more than one token
+# Sequences of a graph, and its tiles of attention for pieces of more than one token. For what a step does not use of
+# them, every layer starts programs that find nothing to do.
+_ROOMS = ((4, 8), (32, 16))
 
 
 class PromptGraphs:
@@ -29,31 +30,39 @@ class PromptGraphs:
     def __init__(self, make: Callable[[int, int, int], StepGraph], block_size: int, max_tokens: int) -> None:
         self._make, self.block_size = make, block_size
         self.sizes = sizes_up_to(max_tokens, SIZES)
-        self._graphs: dict[int, StepGraph] = {}
+        self._graphs: dict[tuple[int, int, int], StepGraph] = {}
 
     def serves(self, plan: Plan) -> bool:
         """Whether the plan's tokens, sequences and pieces of prompts are few enough."""
-        if plan.n_tokens > self.sizes[-1] or len(plan.seqs) > _MOST_SEQS:
-            return False
-        size, pieces = kernels.TILE_POSITIONS, zip(plan.firsts, plan.counts, strict=True)
-        return sum((first + n - 1) // size - first // size + 1 for first, n in pieces if n > 1) <= _TILES
+        return plan.n_tokens <= self.sizes[-1] and _room(plan) is not None
 
     def run(self, plan: Plan, rows: list[int], last: LastStep | None = None) -> Tensor:
         """Logits [len(rows), vocab_size] fp32 of those rows, at most one of each sequence; valid until the next run.
         last: has the tokens not read yet."""
-        graph = self._graph(next(size for size in self.sizes if size >= plan.n_tokens))
+        room = _room(plan)
+        assert room is not None
+        graph = self._graph(next(size for size in self.sizes if size >= plan.n_tokens), *room)
         layout = Layout.of(plan, self.block_size, last)
         _fill(graph.begin(), layout, rows)
         return graph.run(len(layout.unread), last)[: len(rows)]
 
     def capture_all(self) -> None:
         for size in self.sizes:
-            self._graph(size)
+            for room in _ROOMS:
+                self._graph(size, *room)
 
-    def _graph(self, size: int) -> StepGraph:
-        if size not in self._graphs:
-            self._graphs[size] = self._make(size, min(size, _MOST_SEQS), _TILES)
-        return self._graphs[size]
+    def _graph(self, n_rows: int, n_seqs: int, n_tiles: int) -> StepGraph:
+        key = n_rows, n_seqs, n_tiles
+        if key not in self._graphs:
+            self._graphs[key] = self._make(*key)
+        return self._graphs[key]
+
+
+def _room(plan: Plan) -> tuple[int, int] | None:
+    """The smallest that the plan's sequences and tiles fit into."""
+    size, pieces = kernels.TILE_POSITIONS, zip(plan.firsts, plan.counts, strict=True)
+    n_tiles = sum((first + n - 1) // size - first // size + 1 for first, n in pieces if n > 1)
+    return next((room for room in _ROOMS if len(plan.seqs) <= room[0] and n_tiles <= room[1]), None)
 
 
 def _fill(inputs: StepInputs[np.ndarray], layout: Layout, rows: list[int]) -> None:

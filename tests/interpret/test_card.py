@@ -199,7 +199,7 @@ def test_what_a_graph_of_prompts_does_not_serve() -> None:
     graphs = PromptGraphs(no_graph, 16, 2048)
     assert graphs.sizes[-1] == 256
     assert graphs.serves(some_plan([(0, 256)])) and not graphs.serves(some_plan([(0, 257)]))
-    assert graphs.serves(some_plan([(9, 1)] * 64)) and not graphs.serves(some_plan([(9, 1)] * 65))
+    assert graphs.serves(some_plan([(9, 1)] * 32)) and not graphs.serves(some_plan([(9, 1)] * 33))
     assert graphs.serves(some_plan([(0, 2)] * 16)) and not graphs.serves(some_plan([(0, 2)] * 17))
     assert graphs.serves(some_plan([(127, 2)] * 8)) and not graphs.serves(some_plan([(127, 2)] * 9))
 
