@@ -17,13 +17,13 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.attention_plan import (
-    TILE_POSITIONS,
     AttentionPlan,
     CpuPlan,
     check_layout,
     plan_capture,
     plan_triton,
     prefill_tiles,
+    tiles_of,
 )
 from kernels.block_attention import QueryBlocks, attend_blocks
 from kernels.launch import HAS_TRITON, runs_triton
@@ -36,7 +36,6 @@ if HAS_TRITON:
     from kernels import triton_ops
 
 __all__ = [
-    "TILE_POSITIONS",
     "AttentionPlan",
     "LinearWeight",
     "Mirror",
@@ -58,6 +57,7 @@ __all__ = [
     "rope_write",
     "sample",
     "swiglu",
+    "tiles_of",
     "token_logprobs",
     "uniform",
     "upload",

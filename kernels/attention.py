@@ -220,7 +220,8 @@ def prefill_kernel(
     STAGES: tl.constexpr,
 ):
     """grid (tiles * PER_TILE, query heads). Row tiles lie at absolute multiples of BLOCK_M: a chunk of a prompt that
-    begins at position 200 starts inside the tile 128..255. No tile straddles two key chunks."""
+    begins at position 200 starts inside the tile 128..255. No tile straddles two key chunks. Tile -1 of any sequence
+    ends before its first query: the padding of a captured graph."""
     tl.static_assert(CHUNK % BLOCK_M == 0)
     work = tl.program_id(0)
     head = tl.program_id(1)
@@ -255,7 +256,8 @@ def prefill_kernel(
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float, *, batch_invariant: bool = False
 ) -> Tensor:
-    """As its twin; the same kernels with and without batch_invariant. Rows of sequences of length 0 stay unwritten."""
+    """As its twin; the same kernels with and without batch_invariant. Rows of sequences of length 0, and of none, stay
+    unwritten."""
     if plan.triton is None:
         raise ValueError(f"plan: expected one made for Triton kernels on {q.device}, got one without that part")
     expect("q", q, (plan.triton.n_rows, None, None), FLOATS, q.device)

@@ -151,7 +151,7 @@ class TritonPlan:
 
     n_rows, last_block: query rows of the batch, and the highest block of its tables.
     tiles: [n_tiles, 2] int32 (sequence, t), longest first: positions t * TILE_POSITIONS on, of sequences with several
-    queries. single: does a sequence with one query exist?
+    queries. (0, -1) is padding of a captured graph. single: may a sequence with one query exist?
     arrivals: [n_seqs * MAX_KV_HEADS] int32 zeros, where the programs that share a sequence's keys count themselves.
     """
 
@@ -269,13 +269,18 @@ def plan_triton(
     return TritonPlan(int(cu_seqlens_q[-1]), int(tables.max()), tiles, bool((n_queries == 1).any()), arrivals)
 
 
+def tiles_of(first: int, n_queries: int) -> range:
+    """The tiles that queries from position `first` on lie in."""
+    return range(first // TILE_POSITIONS, -(-(first + n_queries) // TILE_POSITIONS))
+
+
 def prefill_tiles(cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray) -> np.ndarray:
     """`TritonPlan.tiles`, as a numpy array."""
     n_queries = np.diff(cu_seqlens_q)
     work = [
         (s, t)
         for s in np.flatnonzero(n_queries > 1).tolist()
-        for t in range(int(seqlens_k[s] - n_queries[s]) // TILE_POSITIONS, -(-int(seqlens_k[s]) // TILE_POSITIONS))
+        for t in tiles_of(int(seqlens_k[s] - n_queries[s]), int(n_queries[s]))
     ]
     work.sort(key=lambda item: -item[1])
     return np.array(work, np.int32).reshape(-1, 2)
@@ -291,5 +296,6 @@ def plan_capture(
     (0, -1). max_seqlen_k: the longest that a sequence can be.
     """
     arrivals = torch.zeros(len(seqlens_k) * MAX_KV_HEADS, dtype=torch.int32, device=seqlens_k.device)
-    work = TritonPlan(n_rows, 0, tiles, True, arrivals)
+    # Which blocks the tables will hold nobody can check from here: those of the scheduler's own sequences.
+    work = TritonPlan(n_rows=n_rows, last_block=0, tiles=tiles, single=True, arrivals=arrivals)
     return AttentionPlan(cu_seqlens_q, seqlens_k, block_tables, n_rows, max_seqlen_k, triton=work)

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from llama.batch import LastStep
-from llama.graphs import StepGraph, StepInputs
+from llama.graphs import StepGraph, StepInputs, sizes_up_to
 from llama.scheduler import Plan
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -34,18 +34,18 @@ class DecodeGraphs:
         return len(plan.seqs) <= self.sizes[-1] and max(plan.counts) == 1 and all(plan.yields)
 
     def run(self, plan: Plan, last: LastStep | None = None) -> Tensor:
-        """Logits [len(plan.seqs), vocab_size] fp32; valid until the next run. last: has the tokens not read yet."""
+        """Logits [len(plan.seqs), vocab_size] fp32; valid until the next run of any graph. last: has the tokens not
+        read yet."""
         size = next(size for size in self.sizes if size >= len(plan.seqs))
-        return self._graph(size).run(plan, last)[: len(plan.seqs)]
+        return self._of_size(size).run(plan, last)[: len(plan.seqs)]
 
     def capture_all(self, up_to: int) -> None:
-        """Capture the graphs for up to that many sequences, smallest first, so that serving need not stop for it."""
-        for size in self.sizes:
-            self._graph(size)
-            if size >= up_to:
-                break
+        """Capture the graphs for up to that many sequences, largest first, so that serving need not stop for it."""
+        enough = next((i for i, size in enumerate(self.sizes) if size >= up_to), len(self.sizes) - 1)
+        for size in reversed(self.sizes[: enough + 1]):
+            self._of_size(size)
 
-    def _graph(self, size: int) -> DecodeGraph:
+    def _of_size(self, size: int) -> DecodeGraph:
         if size not in self._graphs:
             self._graphs[size] = DecodeGraph(self._make(size, size, 0), self.block_size, size)
         return self._graphs[size]
@@ -90,9 +90,3 @@ class DecodeGraph:
         if unread:
             inputs.unread_rows[: len(unread)], inputs.unread_sources[: len(unread)] = zip(*unread, strict=True)
         return len(unread)
-
-
-def sizes_up_to(most: int, sizes: tuple[int, ...]) -> list[int]:
-    """Those below `most`, and then that itself, or the largest."""
-    largest = min(most, sizes[-1])
-    return [size for size in sizes if size < largest] + [largest]

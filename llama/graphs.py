@@ -8,7 +8,7 @@ so a graph serves every length.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -31,7 +31,7 @@ class StepInputs(Generic[Array]):
     """What a captured step reads, on the host or on the device; n_rows tokens of n_seqs sequences.
 
     token_ids, positions: [n_rows] int64. kv_index: [n_rows] int64, flat row of the cache; -1 for padding.
-    unread_rows, unread_sources: [n_rows] int64, rows whose token the host does not know, and its row of the last step.
+    unread_rows, unread_sources: [n_seqs] int64, rows whose token the host does not know, and its row of the last step.
     wanted: [n_seqs] int64, rows whose logits are made.
     cu_seqlens_q: [n_seqs + 1]. seqlens_k: [n_seqs]. block_tables: [n_seqs, width]. tiles: [n_tiles, 2]. All int32, as
     in `kernels.plan_capture`.
@@ -50,10 +50,7 @@ class StepInputs(Generic[Array]):
 
 
 class StepGraph:
-    """Of up to n_rows tokens of up to n_seqs sequences; n_tiles: of `kernels.prefill_tiles`.
-
-    wanted: the rows whose logits are made, [n_seqs]. cu_seqlens_q: what it begins with, [n_seqs + 1].
-    """
+    """Of up to n_rows tokens of up to n_seqs sequences; n_tiles: of `kernels.prefill_tiles`."""
 
     def __init__(
         self,
@@ -66,13 +63,20 @@ class StepGraph:
         n_seqs: int,
         n_tiles: int,
     ) -> None:
-        rows, width = [np.zeros(n_rows, np.int64) for _ in range(5)], -(-max_seq_len // cache.block_size)
-        seqs = [np.zeros(shape, np.int32) for shape in ((n_seqs + 1,), (n_seqs,), (n_seqs, width), (n_tiles, 2))]
-        self._mirror = kernels.Mirror(device, *rows, np.zeros(n_seqs, np.int64), *seqs)
+        blank: StepInputs[np.ndarray] = StepInputs(
+            token_ids=np.zeros(n_rows, np.int64),
+            positions=np.zeros(n_rows, np.int64),
+            kv_index=np.full(n_rows, -1, np.int64),
+            unread_rows=np.zeros(n_seqs, np.int64),
+            unread_sources=np.zeros(n_seqs, np.int64),
+            wanted=np.zeros(n_seqs, np.int64),
+            cu_seqlens_q=np.zeros(n_seqs + 1, np.int32),
+            seqlens_k=np.zeros(n_seqs, np.int32),
+            block_tables=np.zeros((n_seqs, -(-max_seq_len // cache.block_size)), np.int32),
+            tiles=np.array([(0, -1)] * n_tiles, np.int32).reshape(-1, 2),
+        )
+        self._mirror = kernels.Mirror(device, *(getattr(blank, field.name) for field in fields(blank)))
         self._host: StepInputs[np.ndarray] = StepInputs(*self._mirror.arrays)
-        self._host.kv_index[:] = -1
-        self._host.tiles[:, 1] = -1
-        self._mirror.send()
         self._device: StepInputs[Tensor] = StepInputs(*self._mirror.tensors)
         there = self._device
         attention = kernels.plan_capture(
@@ -90,7 +94,7 @@ class StepGraph:
     def run(self, n_unread: int, last: LastStep | None) -> Tensor:
         """What `begin` gave, computed. n_unread: how many of the step's tokens `last` has.
 
-        Logits [n_seqs, vocab_size] fp32, of the rows `wanted`; valid until the next run.
+        Logits [n_seqs, vocab_size] fp32, of the rows `wanted`; valid until the next run of any graph.
         """
         self._mirror.send()
         if n_unread and last is not None:
@@ -100,11 +104,13 @@ class StepGraph:
 
 
 def capture_cuda() -> Capture:
-    """Capture into CUDA graphs that share one memory pool."""
-    pool = torch.cuda.graph_pool_handle()
+    """Capture into CUDA graphs that share their memory: what one computes may lie where another has its logits.
+
+    For that they are captured on one stream, and the largest first.
+    """
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compile every kernel and fill every cache: neither may happen while capturing
@@ -121,3 +127,9 @@ def capture_cuda() -> Capture:
         return replay
 
     return capture
+
+
+def sizes_up_to(most: int, sizes: tuple[int, ...]) -> list[int]:
+    """Those below `most`, and then that itself, or the largest."""
+    largest = min(most, sizes[-1])
+    return [size for size in sizes if size < largest] + [largest]

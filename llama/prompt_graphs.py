@@ -1,7 +1,7 @@
 """`PromptGraphs`: steps with short prompts, or pieces of them, as CUDA graphs for a few numbers of tokens.
 
-Kernel by kernel, a step of Llama-2 7B is 290 launches, 5 to 8 ms of the host's time; with few tokens the card needs
-3 ms for it, which is reading the weights. From some hundred tokens on it takes longer than the launches do.
+Kernel by kernel, a step of Llama-2 7B is 290 launches of some 20 microseconds of Python each. With few tokens a card
+needs less than that, the time of reading the weights; from some hundred tokens on it needs more.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch import Tensor
 
 import kernels
 from llama.batch import LastStep, Layout
-from llama.decode_graphs import sizes_up_to
-from llama.graphs import StepGraph, StepInputs
+from llama.graphs import StepGraph, StepInputs, sizes_up_to
 from llama.scheduler import Plan
 
 SIZES = (16, 32, 64, 96, 128, 192, 256)
 # Sequences of a graph, and its tiles of attention for pieces of more than one token. For what a step does not use of
-# them, every layer starts programs that find nothing to do.
-_ROOMS = ((4, 8), (32, 16))
+# them, every layer starts programs that find nothing to do; and the more sequences, the fewer programs share the keys
+# of one.
+_ROOMS = ((4, 8), (12, 12), (32, 16))
 
 
 class PromptGraphs:
-    """Graphs for steps of up to `max_tokens` tokens (at most 256), each captured when first needed, or by
-    `capture_all`. make: (n_rows, n_seqs, n_tiles) -> a graph."""
+    """Graphs for steps of up to `max_tokens` tokens (at most 256) of up to 32 sequences, each captured when first
+    needed, or by `capture_all`. make: (n_rows, n_seqs, n_tiles) -> a graph."""
 
     def __init__(self, make: Callable[[int, int, int], StepGraph], block_size: int, max_tokens: int) -> None:
         self._make, self.block_size = make, block_size
@@ -37,8 +37,8 @@ class PromptGraphs:
         return plan.n_tokens <= self.sizes[-1] and _room(plan) is not None
 
     def run(self, plan: Plan, rows: list[int], last: LastStep | None = None) -> Tensor:
-        """Logits [len(rows), vocab_size] fp32 of those rows, at most one of each sequence; valid until the next run.
-        last: has the tokens not read yet."""
+        """Logits [len(rows), vocab_size] fp32 of those rows, at most one of each sequence; valid until the next run of
+        any graph. last: has the tokens not read yet."""
         room = _room(plan)
         assert room is not None
         graph = self._graph(next(size for size in self.sizes if size >= plan.n_tokens), *room)
@@ -46,13 +46,15 @@ class PromptGraphs:
         _fill(graph.begin(), layout, rows)
         return graph.run(len(layout.unread), last)[: len(rows)]
 
-    def capture_all(self) -> None:
-        for size in self.sizes:
-            for room in _ROOMS:
+    def capture_all(self, up_to: int) -> None:
+        """Capture the graphs for up to that many sequences, largest first, so that serving need not stop for it."""
+        enough = next((i for i, (n_seqs, _) in enumerate(_ROOMS) if n_seqs >= up_to), len(_ROOMS) - 1)
+        for size in reversed(self.sizes):
+            for room in reversed(_ROOMS[: enough + 1]):
                 self._graph(size, *room)
 
     def _graph(self, n_rows: int, n_seqs: int, n_tiles: int) -> StepGraph:
-        key = n_rows, n_seqs, n_tiles
+        key = n_rows, min(n_seqs, n_rows), n_tiles
         if key not in self._graphs:
             self._graphs[key] = self._make(*key)
         return self._graphs[key]
@@ -60,8 +62,8 @@ class PromptGraphs:
 
 def _room(plan: Plan) -> tuple[int, int] | None:
     """The smallest that the plan's sequences and tiles fit into."""
-    size, pieces = kernels.TILE_POSITIONS, zip(plan.firsts, plan.counts, strict=True)
-    n_tiles = sum((first + n - 1) // size - first // size + 1 for first, n in pieces if n > 1)
+    pieces = zip(plan.firsts, plan.counts, strict=True)
+    n_tiles = sum(len(kernels.tiles_of(first, n)) for first, n in pieces if n > 1)
     return next((room for room in _ROOMS if len(plan.seqs) <= room[0] and n_tiles <= room[1]), None)
 
 

@@ -101,8 +101,8 @@ def build_runner(setup: Setup, progress: bool) -> Runner:
         decode_graphs = DecodeGraphs(make, cache.block_size, setup.config.max_batch_seqs)
         prompt_graphs = PromptGraphs(make, cache.block_size, setup.config.max_batch_tokens)
         with torch.inference_mode():
+            prompt_graphs.capture_all(up_to=setup.config.slots)
             decode_graphs.capture_all(up_to=setup.config.slots)
-            prompt_graphs.capture_all()
     compiled = _compile(setup, model, cache) if setup.config.compile else []
     return Runner(
         model,

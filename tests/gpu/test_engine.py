@@ -65,12 +65,16 @@ def test_the_same_bits_alone_and_in_a_batch(config: ModelConfig, max_batch_token
     assert again == together
 
 
-def test_graphs_give_the_bits_of_eager_steps() -> None:
+@pytest.mark.parametrize("max_batch_tokens", [96, 2048])
+def test_graphs_give_the_bits_of_eager_steps(max_batch_tokens: int) -> None:
+    """The smaller budget cuts the prompts, and their pieces go by graphs as well."""
     prompts = some_prompts(5, SMALL_7B.vocab_size)
     params = SamplingParams(temperature=0.7, seed=3, ignore_eos=True, max_tokens=24, logprobs=0)
     found = []
     for cuda_graphs in (True, False):
-        options = EngineConfig(device="cuda", kv_memory=4 << 30, cuda_graphs=cuda_graphs)
+        options = EngineConfig(
+            device="cuda", kv_memory=4 << 30, cuda_graphs=cuda_graphs, max_batch_tokens=max_batch_tokens
+        )
         with Engine(SMALL_7B, options, progress=False) as engine:
             found.append(answers(engine, prompts, params))
     assert found[0] == found[1]

@@ -1,9 +1,11 @@
-"""A CUDA card that is not there, for the engine's own code: streams' order, pinned memory, events and graphs.
+"""A CUDA card that is not there, for the engine's own code: pinned memory, events and graphs.
 
 Tensors "on" it are of device cuda:0, and their numbers lie in ordinary memory. Nothing that is asked of the card is
 done before somebody waits for it, which is as late as a card may be: a result that is read too early is poison, and a
 pinned buffer that is written again too early is seen with its new contents. While a graph is captured nothing is done
-at all, and waiting is an error. Triton's kernels run in the interpreter, in their turn.
+at all, and waiting is an error; what graphs compute is spoilt when another one is replayed, since they share memory.
+Triton's kernels run in the interpreter, in their turn. Not seen: work on two streams at once, and memory that a graph
+reads although it was given back.
 
     with Card() as card:
         x = torch.zeros(3, device="cuda")       # queued
@@ -83,13 +85,23 @@ class Event:
 
 @dataclass
 class Graph:
+    """As torch.cuda.CUDAGraph. memory: of what it computes."""
+
     card: Card
     work: list[Work] = field(default_factory=list)
+    memory: list[Tensor] = field(default_factory=list)
 
     def replay(self) -> None:
         self.card.n_replays += 1
+        for other in self.card.graphs:
+            if other is not self:
+                self.card.put(other.spoil)
         for one in self.work:
             self.card.put(one)
+
+    def spoil(self) -> None:
+        for tensor in self.memory:
+            tensor.copy_(poison(tensor))
 
 
 class Operations(TorchDispatchMode):
@@ -113,9 +125,10 @@ class Card:
 
     def __init__(self, pace: random.Random | None = None) -> None:
         self.pace = pace
-        self.stalls = self.uploads = self.fetches = self.launches = self.n_captures = self.n_replays = 0
+        self.stalls = self.uploads = self.fetches = self.launches = self.n_replays = 0
         self.n_done = self.n_queued = 0
         self._queue: list[Work] = []
+        self.graphs: list[Graph] = []
         self._capturing: Graph | None = None
         self._pinned: list[Tensor] = []
 
@@ -194,6 +207,8 @@ class Card:
         made = poison(func(*args_there, **kwargs_there | dict.fromkeys(made_of, "meta")))
         if "empty" not in func.name():
             self.put(lambda: made.copy_(run()))
+        if self._capturing is not None:
+            self._capturing.memory.append(made)
         return CardTensor(made)
 
     def _copy(self, func: Any, device: torch.device | None, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -264,7 +279,7 @@ class Card:
     @contextlib.contextmanager
     def _capture(self, graph: Graph, **_: Any) -> Iterator[None]:
         self.stall()
-        self.n_captures += 1
+        self.graphs.append(graph)
         self._capturing = graph
         try:
             yield
