@@ -16,7 +16,7 @@ from llama.batch import LastStep, Layout
 from llama.graphs import StepGraph, StepInputs, sizes_up_to
 from llama.scheduler import Plan
 
-SIZES = (16, 32, 64, 96, 128, 192, 256)
+SIZES = (16, 64, 128, 192, 256)
 # Sequences of a graph, and its tiles of attention for pieces of more than one token. For what a step does not use of
 # them, every layer starts programs that find nothing to do; and the more sequences, the fewer programs share the keys
 # of one.
