@@ -6,26 +6,21 @@ long as a sequence keeps its row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from torch import Tensor
 
 from llama.batch import LastStep
-from llama.graphs import StepGraph, StepInputs, sizes_up_to
+from llama.graphs import GraphStore, StepGraph, StepInputs, sizes_up_to
 from llama.scheduler import Plan
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 class DecodeGraphs:
-    """Graphs for up to `max_size` sequences (at most 256), each captured when first needed, or by `capture_all`.
+    """Graphs for up to `max_size` sequences (at most 256), each captured when first needed, or by `capture_all`."""
 
-    make: (n_rows, n_seqs, n_tiles) -> a graph.
-    """
-
-    def __init__(self, make: Callable[[int, int, int], StepGraph], block_size: int, max_size: int) -> None:
-        self._make, self.block_size = make, block_size
+    def __init__(self, store: GraphStore, block_size: int, max_size: int) -> None:
+        self._store, self.block_size = store, block_size
         self.sizes = sizes_up_to(max_size, SIZES)
         self._graphs: dict[int, DecodeGraph] = {}
 
@@ -33,11 +28,11 @@ class DecodeGraphs:
         """Whether the plan is a decode of sequences that all yield a token, few enough for the largest graph."""
         return len(plan.seqs) <= self.sizes[-1] and max(plan.counts) == 1 and all(plan.yields)
 
-    def run(self, plan: Plan, last: LastStep | None = None) -> Tensor:
-        """Logits [len(plan.seqs), vocab_size] fp32; valid until the next run of any graph. last: has the tokens not
-        read yet."""
-        size = next(size for size in self.sizes if size >= len(plan.seqs))
-        return self._of_size(size).run(plan, last)[: len(plan.seqs)]
+    def run(self, plan: Plan, last: LastStep | None = None) -> Tensor | None:
+        """Logits [len(plan.seqs), vocab_size] fp32; valid until the next run of any graph. None: there was no memory
+        for the graph. last: has the tokens not read yet."""
+        graph = self._of_size(next(size for size in self.sizes if size >= len(plan.seqs)))
+        return None if graph is None else graph.run(plan, last)[: len(plan.seqs)]
 
     def capture_all(self, up_to: int) -> None:
         """Capture the graphs for up to that many sequences, largest first, so that serving need not stop for it."""
@@ -45,10 +40,11 @@ class DecodeGraphs:
         for size in reversed(self.sizes[: enough + 1]):
             self._of_size(size)
 
-    def _of_size(self, size: int) -> DecodeGraph:
-        if size not in self._graphs:
-            self._graphs[size] = DecodeGraph(self._make(size, size, 0), self.block_size, size)
-        return self._graphs[size]
+    def _of_size(self, size: int) -> DecodeGraph | None:
+        graph = self._store.get(size, size, 0)
+        if graph is not None and size not in self._graphs:
+            self._graphs[size] = DecodeGraph(graph, self.block_size, size)
+        return self._graphs.get(size)
 
 
 class DecodeGraph:

@@ -7,6 +7,7 @@ so a graph serves every length.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Generic, TypeVar
@@ -19,6 +20,8 @@ import kernels
 from llama.batch import Batch, LastStep
 from llama.cache import KVCache
 from llama.model import Transformer
+
+log = logging.getLogger("llama")
 
 # Turns a step (a function that computes into fresh tensors) into a replay of it (into the same tensors, every time).
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -101,6 +104,25 @@ class StepGraph:
             there = self._device
             last.fill(there.token_ids, there.unread_rows[:n_unread], there.unread_sources[:n_unread])
         return self._replay()
+
+
+class GraphStore:
+    """Graphs by what they serve, each made when first asked for. make: (n_rows, n_seqs, n_tiles) -> a graph."""
+
+    def __init__(self, make: Callable[[int, int, int], StepGraph]) -> None:
+        self._make = make
+        self._graphs: dict[tuple[int, int, int], StepGraph | None] = {}
+
+    def get(self, n_rows: int, n_seqs: int, n_tiles: int) -> StepGraph | None:
+        """None for one that there was no memory for: its steps run kernel by kernel."""
+        key = n_rows, n_seqs, n_tiles
+        if key not in self._graphs:
+            try:
+                self._graphs[key] = self._make(*key)
+            except torch.OutOfMemoryError as error:
+                log.warning("no memory for a graph of %d tokens of %d sequences: %s", n_rows, n_seqs, error)
+                self._graphs[key] = None
+        return self._graphs[key]
 
 
 def capture_cuda() -> Capture:

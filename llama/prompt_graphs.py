@@ -6,14 +6,12 @@ needs less than that, the time of reading the weights; from some hundred tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from torch import Tensor
 
 import kernels
 from llama.batch import LastStep, Layout
-from llama.graphs import StepGraph, StepInputs, sizes_up_to
+from llama.graphs import GraphStore, StepGraph, StepInputs, sizes_up_to
 from llama.scheduler import Plan
 
 SIZES = (16, 64, 128, 192, 256)
@@ -25,23 +23,24 @@ _ROOMS = ((4, 8), (12, 12), (32, 16))
 
 class PromptGraphs:
     """Graphs for steps of up to `max_tokens` tokens (at most 256) of up to 32 sequences, each captured when first
-    needed, or by `capture_all`. make: (n_rows, n_seqs, n_tiles) -> a graph."""
+    needed, or by `capture_all`."""
 
-    def __init__(self, make: Callable[[int, int, int], StepGraph], block_size: int, max_tokens: int) -> None:
-        self._make, self.block_size = make, block_size
+    def __init__(self, store: GraphStore, block_size: int, max_tokens: int) -> None:
+        self._store, self.block_size = store, block_size
         self.sizes = sizes_up_to(max_tokens, SIZES)
-        self._graphs: dict[tuple[int, int, int], StepGraph] = {}
 
     def serves(self, plan: Plan) -> bool:
         """Whether the plan's tokens, sequences and pieces of prompts are few enough."""
         return plan.n_tokens <= self.sizes[-1] and _room(plan) is not None
 
-    def run(self, plan: Plan, rows: list[int], last: LastStep | None = None) -> Tensor:
+    def run(self, plan: Plan, rows: list[int], last: LastStep | None = None) -> Tensor | None:
         """Logits [len(rows), vocab_size] fp32 of those rows, at most one of each sequence; valid until the next run of
-        any graph. last: has the tokens not read yet."""
+        any graph. None: there was no memory for the graph. last: has the tokens not read yet."""
         room = _room(plan)
         assert room is not None
         graph = self._graph(next(size for size in self.sizes if size >= plan.n_tokens), *room)
+        if graph is None:
+            return None
         layout = Layout.of(plan, self.block_size, last)
         _fill(graph.begin(), layout, rows)
         return graph.run(len(layout.unread), last)[: len(rows)]
@@ -53,11 +52,8 @@ class PromptGraphs:
             for room in reversed(_ROOMS[: enough + 1]):
                 self._graph(size, *room)
 
-    def _graph(self, n_rows: int, n_seqs: int, n_tiles: int) -> StepGraph:
-        key = n_rows, min(n_seqs, n_rows), n_tiles
-        if key not in self._graphs:
-            self._graphs[key] = self._make(*key)
-        return self._graphs[key]
+    def _graph(self, n_rows: int, n_seqs: int, n_tiles: int) -> StepGraph | None:
+        return self._store.get(n_rows, min(n_seqs, n_rows), n_tiles)
 
 
 def _room(plan: Plan) -> tuple[int, int] | None:

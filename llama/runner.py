@@ -130,10 +130,10 @@ class Runner:
         """
         sampled, logits, prompts = None, None, []
         self._set_threads(plan.n_tokens)
+        places = list(range(len(plan.seqs)))
         if self.decode_graphs is not None and self.decode_graphs.serves(plan):
-            places = list(range(len(plan.seqs)))
             logits = self.decode_graphs.run(plan, self._last)
-        else:
+        if logits is None:
             wanted = wanted_rows(plan)
             places = wanted.sampled
             logits = None if wanted.prompts else self._run_whole(plan, wanted.rows)
@@ -161,7 +161,9 @@ class Runner:
         plan. Compiled ones that fail once (they may have to be compiled again, when others have reset the compiler) are
         not asked again."""
         if self.prompt_graphs is not None and self.prompt_graphs.serves(plan):
-            return self.prompt_graphs.run(plan, rows, self._last)
+            logits = self.prompt_graphs.run(plan, rows, self._last)
+            if logits is not None:
+                return logits
         for steps in self.compiled:
             if steps.serves(plan):
                 try:

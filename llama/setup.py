@@ -17,7 +17,7 @@ from llama.compiled_row import CompiledRow
 from llama.config import EngineConfig, ModelConfig
 from llama.decode_graphs import DecodeGraphs
 from llama.errors import ConfigError, TokenizerError
-from llama.graphs import StepGraph, capture_cuda
+from llama.graphs import GraphStore, StepGraph, capture_cuda
 from llama.model import Transformer, random_parameters
 from llama.prompt_graphs import PromptGraphs
 from llama.runner import Runner
@@ -97,9 +97,9 @@ def build_runner(setup: Setup, progress: bool) -> Runner:
         cache = KVCache.empty(config, plan.num_blocks, plan.block_size, cache_dtype, device)
     decode_graphs, prompt_graphs = None, None
     if device.type == "cuda" and setup.config.cuda_graphs:
-        make = partial(StepGraph, model, cache, device, setup.max_seq_len, capture_cuda())
-        decode_graphs = DecodeGraphs(make, cache.block_size, setup.config.max_batch_seqs)
-        prompt_graphs = PromptGraphs(make, cache.block_size, setup.config.max_batch_tokens)
+        store = GraphStore(partial(StepGraph, model, cache, device, setup.max_seq_len, capture_cuda()))
+        decode_graphs = DecodeGraphs(store, cache.block_size, setup.config.max_batch_seqs)
+        prompt_graphs = PromptGraphs(store, cache.block_size, setup.config.max_batch_tokens)
         with torch.inference_mode():
             prompt_graphs.capture_all(up_to=setup.config.slots)
             decode_graphs.capture_all(up_to=setup.config.slots)

@@ -25,7 +25,7 @@ from llama.cache import KVCache
 from llama.config import ModelConfig
 from llama.decode_graphs import SIZES, DecodeGraphs
 from llama.engine import Completion
-from llama.graphs import StepGraph, capture_cuda, sizes_up_to
+from llama.graphs import GraphStore, StepGraph, capture_cuda, sizes_up_to
 from llama.loop import EngineLoop
 from llama.model import Transformer, random_parameters
 from llama.prompt_graphs import PromptGraphs
@@ -59,8 +59,8 @@ def three_sequences(graphs: bool, ahead: bool, card: Card | None, watch: Callabl
         model, cache = tiny_model(device)
         decodes = prompts = None
         if graphs:
-            make = partial(StepGraph, model, cache, device, TINY.max_seq_len, capture_cuda())
-            decodes, prompts = DecodeGraphs(make, 16, 8), PromptGraphs(make, 16, 32)
+            store = GraphStore(partial(StepGraph, model, cache, device, TINY.max_seq_len, capture_cuda()))
+            decodes, prompts = DecodeGraphs(store, 16, 8), PromptGraphs(store, 16, 32)
         runner = Runner(model, cache, device, decodes, prompts)
         loop = EngineLoop(Scheduler(BlockPool(16, 16), 64, 8), runner, SimpleQueue(), ahead)
         mailboxes = []
@@ -185,12 +185,12 @@ def test_a_graph_of_prompts_gives_the_bits_of_the_eager_step(pieces: list[tuple[
     """Pieces across tiles of attention, single tokens beside them, and what an earlier step has left in the inputs."""
     with torch.inference_mode():
         model, cache = tiny_model(CPU)
-        graphs = PromptGraphs(partial(StepGraph, model, cache, CPU, 160, lambda step: step), 16, 16)
+        graphs = PromptGraphs(GraphStore(partial(StepGraph, model, cache, CPU, 160, lambda step: step)), 16, 16)
         for plan in (some_plan([(0, 2), (5, 1), (6, 1), (8, 1)]), some_plan(pieces)):
             before = cache.whole.normal_().clone()
             rows = list(accumulate(plan.counts, initial=-1))[1:]
             assert graphs.serves(plan)
-            logits = graphs.run(plan, rows).clone()
+            logits = graphs.run(plan, rows)
             after = cache.whole.clone()
             cache.whole.copy_(before)
             eager = model.logits(model.forward(Batch.from_plan(plan, rows, 16, CPU), cache))
@@ -199,7 +199,7 @@ def test_a_graph_of_prompts_gives_the_bits_of_the_eager_step(pieces: list[tuple[
 
 
 def test_what_a_graph_of_prompts_does_not_serve() -> None:
-    graphs = PromptGraphs(no_graph, 16, 2048)
+    graphs = PromptGraphs(GraphStore(no_graph), 16, 2048)
     assert graphs.sizes[-1] == 256
     assert graphs.serves(some_plan([(0, 256)])) and not graphs.serves(some_plan([(0, 257)]))
     assert graphs.serves(some_plan([(9, 1)] * 32)) and not graphs.serves(some_plan([(9, 1)] * 33))
@@ -207,8 +207,19 @@ def test_what_a_graph_of_prompts_does_not_serve() -> None:
     assert graphs.serves(some_plan([(127, 2)] * 8)) and not graphs.serves(some_plan([(127, 2)] * 9))
 
 
-def no_graph(*_: int) -> StepGraph:
-    raise AssertionError("nothing is captured")
+def no_graph(*_: object) -> StepGraph:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_without_memory_for_graphs_steps_run_kernel_by_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, in_turn: Answers
+) -> None:
+    monkeypatch.setattr(StepGraph, "__init__", no_graph)
+    card = Card()
+    assert three_sequences(graphs=True, ahead=True, card=card, watch=nothing) == in_turn
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(set(said)) > 1, "each graph is tried once"
+    assert all("no memory for a graph of" in line for line in said)
 
 
 REQUESTS = [
