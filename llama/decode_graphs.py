@@ -6,6 +6,8 @@ long as a sequence keeps its row.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import numpy as np
 from torch import Tensor
 
@@ -36,8 +38,7 @@ class DecodeGraphs:
 
     def capture_all(self, up_to: int) -> None:
         """Capture the graphs for up to that many sequences, largest first, so that serving need not stop for it."""
-        enough = next((i for i, size in enumerate(self.sizes) if size >= up_to), len(self.sizes) - 1)
-        for size in reversed(self.sizes[: enough + 1]):
+        for size in reversed(self.sizes[: bisect_left(self.sizes, up_to) + 1]):
             self._of_size(size)
 
     def _of_size(self, size: int) -> DecodeGraph | None:

@@ -1,10 +1,12 @@
 """`PromptGraphs`: steps with short prompts, or pieces of them, as CUDA graphs for a few numbers of tokens.
 
-Kernel by kernel, a step of Llama-2 7B is 290 launches of some 20 microseconds of Python each. With few tokens a card
-needs less than that, the time of reading the weights; from some hundred tokens on it needs more.
+Kernel by kernel, a step of Llama-2 7B is 290 launches of some 20 microseconds of Python each. By its rates on paper a
+card needs less than that with few tokens, the time of reading the weights, and more from some hundred tokens on.
 """
 
 from __future__ import annotations
+
+from bisect import bisect_left
 
 import numpy as np
 from torch import Tensor
@@ -47,9 +49,9 @@ class PromptGraphs:
 
     def capture_all(self, up_to: int) -> None:
         """Capture the graphs for up to that many sequences, largest first, so that serving need not stop for it."""
-        enough = next((i for i, (n_seqs, _) in enumerate(_ROOMS) if n_seqs >= up_to), len(_ROOMS) - 1)
+        rooms = _ROOMS[: bisect_left(_ROOMS, (up_to,)) + 1]
         for size in reversed(self.sizes):
-            for room in reversed(_ROOMS[: enough + 1]):
+            for room in reversed(rooms):
                 self._graph(size, *room)
 
     def _graph(self, n_rows: int, n_seqs: int, n_tiles: int) -> StepGraph | None:

@@ -30,8 +30,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 DEVICE = torch.device("cuda", 0)
 MEMORY = 1 << 30
-COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-FOR_THE_HOST = (torch.ops.aten._local_scalar_dense.default,)
+TO_COPY, COPY_INTO = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default
+FOR_THE_HOST = torch.ops.aten._local_scalar_dense.default
 Work = Callable[[], object]
 
 
@@ -176,7 +176,7 @@ class Card:
                 made.copy_(poison(made))
             self._pinned.append(made)
             return made
-        if func in COPIES:
+        if func in (TO_COPY, COPY_INTO):
             return self._copy(func, device, args, kwargs)
         if not on_card and (device is None or device.type == "cpu"):
             return func(*args, **kwargs)
@@ -200,7 +200,7 @@ class Card:
         if func._schema.is_mutable:
             self.put(run)
             return args[0]
-        if func in FOR_THE_HOST:
+        if func is FOR_THE_HOST:
             self.stall()
             return run()
         args_there, kwargs_there = tree_map(to_meta, (args_here, kwargs_here))
@@ -213,7 +213,7 @@ class Card:
 
     def _copy(self, func: Any, device: torch.device | None, args: Any, kwargs: dict[str, Any]) -> Any:
         """Copies between the host and the card, and on the card."""
-        in_place = func is COPIES[1]
+        in_place = func is COPY_INTO
         source = args[1] if in_place else args[0]
         if in_place:
             target = args[0]
@@ -251,7 +251,6 @@ class Card:
             "set_device": lambda device: None,
             "mem_get_info": lambda device=None: (MEMORY, MEMORY),
             "empty_cache": lambda: None,
-            "synchronize": self.stall,
             "Event": lambda: Event(self),
             "Stream": mock.Mock,
             "current_stream": mock.Mock,
