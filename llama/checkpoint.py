@@ -1,8 +1,7 @@
 """A checkpoint on disk -> parameters on the device, each covered exactly once, or one error lists every fault.
 
-Hugging Face's safetensors and Meta's .pth meet at one table of names. Every name, shape and dtype is checked before a
-byte of weights is read or allocated; then each chunk goes straight to its place, so host memory peaks at the weights
-and a buffer. Nothing in a checkpoint is ever run: no pickle is trusted and no code is followed.
+Every name, shape and dtype is checked before a byte of weights is read or allocated. Then each chunk goes straight to
+its place: host memory peaks at the weights and a buffer. Nothing in a checkpoint is ever run.
 """
 
 from __future__ import annotations
@@ -20,18 +19,10 @@ from llama.errors import CheckpointError, LoadError
 from llama.meta_format import part_files, parts_expected, read_meta, read_pth
 from llama.model import parameter_shapes
 from llama.tensor_file import FLOATS, StoredTensor, chunks, is_finite, read_safetensors, stored
+from llama.weight_names import weight_names
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.model"
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor of the file goes: rows [start, start + rows) of a parameter."""
-
-    parameter: str
-    start: int
-    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,32 +38,11 @@ class Checkpoint:
     problems: list[str]
 
 
-def hf_places(config: ModelConfig) -> dict[str, Place]:
-    """The whole name translation: Hugging Face tensor name -> place in our parameters."""
-    q, kv, ffn, dim, vocab = config.q_dim, config.kv_dim, config.ffn_dim, config.dim, config.vocab_size
-    places = {"model.embed_tokens.weight": Place("embedding", 0, vocab), "model.norm.weight": Place("norm", 0, dim)}
-    if not config.tie_embeddings:
-        places["lm_head.weight"] = Place("lm_head", 0, vocab)
-    for i in range(config.n_layers):
-        theirs, ours = f"model.layers.{i}", f"layers.{i}"
-        places |= {
-            f"{theirs}.input_layernorm.weight": Place(f"{ours}.attn_norm", 0, dim),
-            f"{theirs}.self_attn.q_proj.weight": Place(f"{ours}.qkv_proj", 0, q),
-            f"{theirs}.self_attn.k_proj.weight": Place(f"{ours}.qkv_proj", q, kv),
-            f"{theirs}.self_attn.v_proj.weight": Place(f"{ours}.qkv_proj", q + kv, kv),
-            f"{theirs}.self_attn.o_proj.weight": Place(f"{ours}.o_proj", 0, dim),
-            f"{theirs}.post_attention_layernorm.weight": Place(f"{ours}.mlp_norm", 0, dim),
-            f"{theirs}.mlp.gate_proj.weight": Place(f"{ours}.gate_up_proj", 0, ffn),
-            f"{theirs}.mlp.up_proj.weight": Place(f"{ours}.gate_up_proj", ffn, ffn),
-            f"{theirs}.mlp.down_proj.weight": Place(f"{ours}.down_proj", 0, dim),
-        }
-    return places
-
-
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face tensor name -> shape, for every tensor that the model needs."""
     shapes = parameter_shapes(config)
-    return {name: (place.rows, *shapes[place.parameter][1:]) for name, place in hf_places(config).items()}
+    names = weight_names(config).items()
+    return {hf: (name.rows, *shapes[name.parameter][1:]) for hf, name in names if name.parameter in shapes}
 
 
 def load_parameters(
@@ -87,14 +57,13 @@ def load_parameters(
     if checkpoint.problems:
         raise CheckpointError(checkpoint.folder, checkpoint.problems)
     problems = []
-    places = hf_places(config)
-    shapes = parameter_shapes(config)
-    made = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-    total = sum(tensor.nbytes for tensor in made.values())
+    names, shapes = weight_names(config), parameter_shapes(config)
+    parameters = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    total = sum(parameter.nbytes for parameter in parameters.values())
     with bytes_bar(total, checkpoint.folder.name, progress) as bar:
         for name, tensor in checkpoint.tensors.items():
-            place = places[name]
-            target = made[place.parameter][place.start : place.start + place.rows]
+            place = names[name]
+            target = parameters[place.parameter][place.start : place.start + place.rows]
             finite = True
             for first, chunk in _chunks_into(tensor, target):
                 finite &= is_finite(chunk)
@@ -107,7 +76,7 @@ def load_parameters(
         file.check_unchanged()
     if problems:
         raise CheckpointError(checkpoint.folder, problems)
-    return made
+    return parameters
 
 
 def _chunks_into(tensor: StoredTensor, target: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -136,16 +105,15 @@ def open_checkpoint(folder: Path | str, config: ModelConfig) -> Checkpoint:
     """Find the files of a folder and every fault that their headers show. Raises LoadError for files that make none."""
     folder = Path(folder)
     parts = part_files(folder) if not any(folder.glob("*.safetensors")) and not (folder / INDEX).is_file() else []
+    files = parts or shard_files(folder)
     if parts:
-        found, problems = read_meta(parts, config)
-        files = parts
+        contents, problems = read_meta(parts, config)
     else:
-        files, found, problems = shard_files(folder), [], []
-        for path in files:
-            found += [(name, stored(region)) for name, region in read_safetensors(path).items()]
+        problems = []
+        contents = [(name, stored(region)) for path in files for name, region in read_safetensors(path).items()]
     shapes = hf_shapes(config)
     tensors: dict[str, StoredTensor] = {}
-    for name, tensor in found:
+    for name, tensor in contents:
         if _known_extra(name, config):
             continue
         if name in tensors:
@@ -161,6 +129,11 @@ def open_checkpoint(folder: Path | str, config: ModelConfig) -> Checkpoint:
     return Checkpoint(folder, files, tensors, problems)
 
 
+def _known_extra(name: str, config: ModelConfig) -> bool:
+    """Tensors that checkpoints may carry and no parameter needs."""
+    return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
+
+
 def _faults(name: str, tensor: StoredTensor, wanted: tuple[int, ...]) -> list[str]:
     problems = []
     if tensor.shape != wanted:
@@ -171,41 +144,38 @@ def _faults(name: str, tensor: StoredTensor, wanted: tuple[int, ...]) -> list[st
 
 
 def _check_part_count(folder: Path, parts: int, tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
-    """Say it in one sentence, if the faults come from parts that were not downloaded. Raises LoadError."""
+    """Raises LoadError, one sentence instead of a list, if the faults come from parts that were not downloaded."""
     shapes = hf_shapes(config)
     expected = {parts_expected(parts, name, tensor, shapes[name], config) for name, tensor in tensors.items()} - {parts}
     if len(expected) == 1:
-        whole = expected.pop()
+        (whole,) = expected
         last = f"consolidated.{whole - 1:02}.pth"
         raise LoadError(folder, f"has {parts} of {whole} parts; download the others, up to {last}")
 
 
 def read_config(folder: Path | str) -> ModelConfig:
-    """`ModelConfig.from_dir`; params.json does not say the dtype, so Meta's first part is asked for it.
+    """`ModelConfig.from_dir`; the dtype, which params.json does not say, comes from Meta's first part.
 
     Raises LoadError, with what to do next where the folder holds something else than a model, and ConfigError.
     """
     folder = Path(folder)
-    if (folder / "config.json").is_file():
-        return ModelConfig.from_dir(folder)
-    if not (folder / "params.json").is_file():
+    hf, meta = ((folder / name).is_file() for name in ("config.json", "params.json"))
+    if not hf and not meta:
         _refuse_other_kinds(folder)
-    config, parts = ModelConfig.from_dir(folder), part_files(folder)
+    config, parts = ModelConfig.from_dir(folder), [] if hf else part_files(folder)
     dtypes = {region.dtype for region in read_pth(parts[0]).values() if len(region.shape) == 2} if parts else set()
     dtype = str(FLOATS.get(min(dtypes, default=""), config.dtype))
     return replace(config, dtype=dtype.removeprefix("torch."))
 
 
 def _refuse_other_kinds(folder: Path) -> None:
-    """Raises LoadError for a folder that holds something else than a model, if it is known."""
+    """Raises LoadError for a folder of a known kind that is no model."""
     if (folder / "adapter_config.json").is_file():
-        raise LoadError(
-            folder, "is a LoRA adapter, not a model; merge it into its base model and use the merged folder"
-        )
+        wrong = "is a LoRA adapter, not a model; merge it into its base model and use the merged folder"
+        raise LoadError(folder, wrong)
     if any(folder.glob("*.gguf")):
-        raise LoadError(
-            folder, "holds GGUF files; make a folder of them first: scripts/weights.py convert FILE.gguf OUT"
-        )
+        wrong = "holds GGUF files; make a folder of them first: scripts/weights.py convert FILE.gguf OUT"
+        raise LoadError(folder, wrong)
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -231,11 +201,8 @@ def shard_files(folder: Path) -> list[Path]:
     if files:
         return files
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise LoadError(
-            folder,
-            "has pickled weights (.bin, .pt) only, which are not opened here; convert them to safetensors first, in "
-            "the program they come from",
-        )
+        wrong = "has pickled weights (.bin, .pt) only, which are not opened here; convert them to safetensors first, in"
+        raise LoadError(folder, f"{wrong} the program they come from")
     raise LoadError(folder, "has no safetensors file and no consolidated.00.pth")
 
 
@@ -245,8 +212,3 @@ def tokenizer_file(folder: Path) -> Path | None:
     if (folder / "params.json").is_file() and not (folder / "config.json").is_file():
         places.append(folder.absolute().parent / TOKENIZER)
     return next((path for path in places if path.is_file()), None)
-
-
-def _known_extra(name: str, config: ModelConfig) -> bool:
-    """Tensors that checkpoints may carry and no parameter needs."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")

@@ -1,9 +1,9 @@
 """Meta's checkpoints, `consolidated.NN.pth` and params.json, as tensors under Hugging Face's names and in their layout.
 
-A matrix is cut into as many parts as there are files, along its outputs or along its inputs; the rows of q and k are
-interleaved, one head's pairs (0, 1), (2, 3), ..., where Hugging Face has (0, half), (1, half + 1), ... (arXiv
-2104.09864 leaves the choice open). A .pth is a zip file with one pickle in it. Nothing of it is ever run: the pickle
-may name only what weights need, torch opens it with weights_only=True, and the bytes are read here.
+A matrix is cut into as many parts as there are files, along its outputs or its inputs. Rotary embedding turns pairs of
+rows of q and k: (0, 1), (2, 3), ... of each head here, (0, half), (1, half + 1), ... in Hugging Face's files (arXiv
+2104.09864 leaves the choice open). A .pth is a zip file with one pickle, which is never run: it may name only what
+weights need, torch opens it with weights_only=True, and the bytes are read here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from llama.config import ModelConfig
 from llama.errors import LoadError
 from llama.tensor_file import FLOATS, NAMES, Region, StoredTensor, TensorFile
+from llama.weight_names import weight_names
 
 _PART = re.compile(r"consolidated\.(\d\d)\.pth")
 # What the pickle of a state dict names. Anything else may be a program.
@@ -31,41 +31,8 @@ _MAX_PICKLE = 4 << 20
 _LEGACY = (
     "Meta's files come from torch.save as zip files; open it where it was made and save it again, or use safetensors"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class MetaTensor:
-    """How Meta keeps one tensor. split: the dimension it is cut along; None: each part holds the whole.
-
-    head_dim: of a q or k matrix, whose rows are interleaved; 0 for all others.
-    """
-
-    name: str
-    split: int | None
-    head_dim: int = 0
-
-
-def meta_table(config: ModelConfig) -> dict[str, MetaTensor]:
-    """Hugging Face's name -> Meta's, for every tensor of a model without tied embeddings."""
-    table = {
-        "model.embed_tokens.weight": MetaTensor("tok_embeddings.weight", 1),
-        "model.norm.weight": MetaTensor("norm.weight", None),
-        "lm_head.weight": MetaTensor("output.weight", 0),
-    }
-    for i in range(config.n_layers):
-        theirs, ours = f"model.layers.{i}", f"layers.{i}"
-        table |= {
-            f"{theirs}.input_layernorm.weight": MetaTensor(f"{ours}.attention_norm.weight", None),
-            f"{theirs}.self_attn.q_proj.weight": MetaTensor(f"{ours}.attention.wq.weight", 0, config.head_dim),
-            f"{theirs}.self_attn.k_proj.weight": MetaTensor(f"{ours}.attention.wk.weight", 0, config.head_dim),
-            f"{theirs}.self_attn.v_proj.weight": MetaTensor(f"{ours}.attention.wv.weight", 0),
-            f"{theirs}.self_attn.o_proj.weight": MetaTensor(f"{ours}.attention.wo.weight", 1),
-            f"{theirs}.post_attention_layernorm.weight": MetaTensor(f"{ours}.ffn_norm.weight", None),
-            f"{theirs}.mlp.gate_proj.weight": MetaTensor(f"{ours}.feed_forward.w1.weight", 0),
-            f"{theirs}.mlp.up_proj.weight": MetaTensor(f"{ours}.feed_forward.w3.weight", 0),
-            f"{theirs}.mlp.down_proj.weight": MetaTensor(f"{ours}.feed_forward.w2.weight", 1),
-        }
-    return table
+# Number formats that no weight of ours has, for the message that says so.
+_OTHERS = {torch.float64: "F64", torch.int8: "I8", torch.uint8: "U8", torch.int64: "I64"}
 
 
 def to_half_split(rows: Tensor, head_dim: int) -> Tensor:
@@ -89,34 +56,34 @@ def part_files(folder: Path) -> list[Path]:
 
 def read_meta(parts: list[Path], config: ModelConfig) -> tuple[list[tuple[str, StoredTensor]], list[str]]:
     """(name, tensor) for all tensors, unknown ones under Meta's name, and the faults that show between the parts."""
-    ours = {meta.name: (name, meta) for name, meta in meta_table(config).items()}
+    table = {weight.meta: (hf, weight.split, weight.head_dim) for hf, weight in weight_names(config).items()}
     opened = [read_pth(path) for path in parts]
-    found, problems = [], []
-    for name in {name: None for part in opened for name in part}:
+    tensors, problems = [], []
+    for name in {name: None for part in opened for name in part if name != "rope.freqs"}:
         regions = [part[name] for part in opened if name in part]
-        hf_name, meta = ours.get(name, (name, MetaTensor(name, None)))
-        if name == "rope.freqs":
-            continue
-        if len(regions) < len(parts):
-            lacking = [path.name for path, part in zip(parts, opened, strict=True) if name not in part]
-            problems.append(f"{name}: missing in {', '.join(lacking)}; are all parts of one checkpoint?")
-            continue
-        fault = _disagreement(regions, meta.split)
-        if fault is not None:
+        hf_name, split, head_dim = table.get(name, (name, None, 0))
+        lacking = [path.name for path, part in zip(parts, opened, strict=True) if name not in part]
+        fault = f"missing in {', '.join(lacking)}" if lacking else _disagreement(regions, split)
+        if fault:
             problems.append(f"{name}: {fault}; are all parts of one checkpoint?")
-            continue
-        found.append((hf_name, _joined(regions, meta)))
-    return found, problems
+        else:
+            tensors.append((hf_name, _joined(regions, split, head_dim)))
+    return tensors, problems
 
 
 def parts_expected(parts: int, name: str, tensor: StoredTensor, wanted: tuple[int, ...], config: ModelConfig) -> int:
     """How many parts this tensor's shape speaks of, if it is whole in all but number; else `parts`."""
-    meta = meta_table(config).get(name)
-    if meta is None or meta.split is None or len(tensor.shape) != len(wanted):
+    split = weight_names(config)[name].split
+    if split is None or len(tensor.shape) != len(wanted):
         return parts
-    same = all(a == b for i, (a, b) in enumerate(zip(tensor.shape, wanted, strict=True)) if i != meta.split)
-    have, want = tensor.shape[meta.split], wanted[meta.split]
-    return parts * want // have if same and have and not parts * want % have else parts
+    have, want = tensor.shape[split], wanted[split]
+    whole = have and not parts * want % have and _without(tensor.shape, split) == _without(wanted, split)
+    return parts * want // have if whole else parts
+
+
+def _without(shape: tuple[int, ...], split: int | None) -> list[int]:
+    """The sizes that all parts share."""
+    return [n for i, n in enumerate(shape) if i != split]
 
 
 def spans(
@@ -137,45 +104,37 @@ def spans(
 
 def _disagreement(regions: list[Region], split: int | None) -> str | None:
     """What keeps the parts of a tensor from being one, in words."""
-    one = regions[0]
+    first = regions[0]
     for other in regions[1:]:
-        if other.dtype != one.dtype:
-            return f"{one.dtype} in {one.file.path.name}, {other.dtype} in {other.file.path.name}"
-        rest = [n for i, n in enumerate(one.shape) if i != split], [n for i, n in enumerate(other.shape) if i != split]
-        if len(one.shape) != len(other.shape) or rest[0] != rest[1]:
-            shapes = f"shape {list(one.shape)} in {one.file.path.name}, {list(other.shape)} in {other.file.path.name}"
+        names = first.file.path.name, other.file.path.name
+        if other.dtype != first.dtype:
+            return f"{first.dtype} in {names[0]}, {other.dtype} in {names[1]}"
+        if len(first.shape) != len(other.shape) or _without(first.shape, split) != _without(other.shape, split):
+            shapes = f"shape {list(first.shape)} in {names[0]}, {list(other.shape)} in {names[1]}"
             return f"{shapes}, which do not fit together"
-        if (
-            split is None
-            and one.dtype in FLOATS
-            and len(one.shape) == 1
-            and not torch.equal(_whole(one), _whole(other))
-        ):
-            return f"differs between {one.file.path.name} and {other.file.path.name}"
+        a_copy = split is None and first.dtype in FLOATS and len(first.shape) == 1
+        if a_copy and not torch.equal(_bytes(first), _bytes(other)):
+            return f"differs between {names[0]} and {names[1]}"
     return None
 
 
-def _whole(region: Region) -> Tensor:
-    made = torch.empty(region.shape, dtype=FLOATS[region.dtype])
-    region.read_rows(0, made)
-    return made.view(torch.uint8)
+def _bytes(region: Region) -> Tensor:
+    whole = torch.empty(region.shape, dtype=FLOATS[region.dtype])
+    region.read_rows(0, whole)
+    return whole.view(torch.uint8)
 
 
-def _joined(regions: list[Region], meta: MetaTensor) -> StoredTensor:
+def _joined(regions: list[Region], split: int | None, head_dim: int) -> StoredTensor:
+    """The whole of the parts, with the rows of q and k in Hugging Face's order."""
     shape = list(regions[0].shape)
-    split = meta.split if len(shape) > (meta.split or 0) else None
-    if split is None:
-        regions = regions[:1]
+    if split is None or split >= len(shape):
+        regions, split = regions[:1], None
     else:
         shape[split] = sum(region.shape[split] for region in regions)
-    whole_heads = meta.head_dim and len(shape) == 2 and not shape[0] % meta.head_dim
-    return StoredTensor(
-        shape=tuple(shape),
-        dtype=regions[0].dtype,
-        files=tuple(region.file for region in regions),
-        read=partial(_read, regions, split, meta.head_dim if whole_heads else 0),
-        step=meta.head_dim if whole_heads else 1,
-    )
+    if len(shape) != 2 or (head_dim and shape[0] % head_dim):
+        head_dim = 0  # not whole heads: the shape is refused later
+    files, read = tuple(region.file for region in regions), partial(_read, regions, split, head_dim)
+    return StoredTensor(tuple(shape), regions[0].dtype, files, read, step=head_dim or 1)
 
 
 def _read(regions: list[Region], split: int | None, head_dim: int, first: int, out: Tensor) -> None:
@@ -215,17 +174,11 @@ def read_pth(path: Path) -> dict[str, Region]:
     if [a - addresses[0] for a in addresses] != [r - records[0] for r in records]:
         raise LoadError(path, "holds storages that none of its tensors uses; save the tensors alone")
     begin = records[0] - addresses[0]
+    names = NAMES | _OTHERS
     return {
-        name: Region(
-            file, tensor.data_ptr() + begin, tuple(tensor.shape), NAMES.get(tensor.dtype, _other(tensor.dtype))
-        )
+        name: Region(file, begin + tensor.data_ptr(), tuple(tensor.shape), names.get(tensor.dtype, "BOOL"))
         for name, tensor in loaded.items()
     }
-
-
-def _other(dtype: torch.dtype) -> str:
-    """A number format that no weight of ours has, for the message that says so."""
-    return {torch.float64: "F64", torch.int8: "I8", torch.uint8: "U8", torch.int64: "I64"}.get(dtype, "BOOL")
 
 
 def _data_records(file: TensorFile) -> list[int]:
@@ -242,9 +195,8 @@ def _data_records(file: TensorFile) -> list[int]:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise LoadError(path, "is compressed; torch.save writes plain zip files")
             if pickles[0].file_size > _MAX_PICKLE:
-                raise LoadError(
-                    path, f"has a pickle of {pickles[0].file_size} bytes; weights need less than {_MAX_PICKLE}"
-                )
+                size = pickles[0].file_size
+                raise LoadError(path, f"has a pickle of {size} bytes; weights need less than {_MAX_PICKLE}")
             _check_pickle(path, archive.read(pickles[0]))
         folder = pickles[0].filename.removesuffix("data.pkl") + "data/"
         records = []
@@ -256,9 +208,8 @@ def _data_records(file: TensorFile) -> list[int]:
     except LoadError:
         raise
     except Exception as error:  # zipfile meets anything, too
-        raise LoadError(
-            path, f"is not a whole zip file, perhaps half a download; fetch it again: {_first_line(error)}"
-        ) from error
+        wrong = f"is not a whole zip file, perhaps half a download; fetch it again: {_first_line(error)}"
+        raise LoadError(path, wrong) from error
     if not records:
         raise LoadError(path, "holds no tensors")
     return sorted(records)

@@ -1,7 +1,7 @@
 """Tensors as bytes in files: where they lie, how rows of them are read, and the safetensors header.
 
-A file is opened once and read with pread, never mapped: a file that is cut or replaced meanwhile is a `LoadError`, not
-a bus error, and host memory holds what was asked for and nothing else. Knows no tensor by name.
+A file is opened once and read with pread, never mapped. So one that is cut or replaced meanwhile is a `LoadError`, not
+a bus error, and host memory holds what was asked for. Knows no tensor by name.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama.errors import LoadError
 
-# The number formats a weight may have, by their names in safetensors.
+# The number formats a weight may have, by the names that safetensors gives them.
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
-# Bytes of one number, for all that a header may name.
+# Bytes of one number in every format that is read or named in an error.
 _ITEMSIZE = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -34,6 +35,7 @@ _ITEMSIZE = {
 }
 # A header names at most 9 tensors for each of 1,024 layers; what is longer is no checkpoint of ours.
 _MAX_HEADER = 2 << 20
+_MAX_DIMENSIONS = 8
 # Bytes read at a time: a chunk is still in the processor's cache when its numbers are checked.
 CHUNK = 1 << 20
 
@@ -48,10 +50,10 @@ class TensorFile:
         except OSError as error:
             raise LoadError(path, f"cannot be opened: {error.strerror}") from error
         weakref.finalize(self, os.close, self._fd)
-        found = os.fstat(self._fd)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
             raise LoadError(path, "is not a regular file")
-        self.size, self._mtime = found.st_size, found.st_mtime_ns
+        self.size, self._mtime = status.st_size, status.st_mtime_ns
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from byte `offset` on. Raises LoadError where the file ends too early."""
@@ -72,8 +74,8 @@ class TensorFile:
 
     def check_unchanged(self) -> None:
         """Raises LoadError if somebody has written to the file since it was opened."""
-        found = os.fstat(self._fd)
-        if (found.st_size, found.st_mtime_ns) != (self.size, self._mtime):
+        status = os.fstat(self._fd)
+        if (status.st_size, status.st_mtime_ns) != (self.size, self._mtime):
             raise LoadError(self.path, "was changed while it was being read; try again")
 
 
@@ -94,10 +96,9 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of a checkpoint under Hugging Face's name and layout, still in its files.
+    """A tensor of a checkpoint in Hugging Face's layout, still in its files.
 
-    files: those it is read from. read(first, out): fill out [rows, ...], contiguous, on the CPU and of this dtype, with
-    rows first, first + 1, ...; both in multiples of `step`.
+    read(first, out): as `Region.read_rows`, both numbers of rows in multiples of `step`.
     """
 
     shape: tuple[int, ...]
@@ -136,8 +137,8 @@ def chunks(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
 def is_finite(tensor: Tensor) -> bool:
     """Whether no number is infinite or NaN. tensor: contiguous, on the CPU, fp32, bf16 or fp16.
 
-    As integers, the positive numbers that are not finite lie above all other signed ones, the negative ones above all
-    other unsigned ones; so two maxima tell, at the speed of memory.
+    The numbers are compared as integers: infinity and NaN are the largest signed ones, their negatives the largest
+    unsigned ones. Two maxima run at the speed of memory.
     """
     if tensor.dtype == torch.float32:
         bits, infinity = tensor.view(torch.int32).numpy(), 0x7F800000
@@ -150,7 +151,10 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def read_safetensors(path: Path) -> dict[str, Region]:
-    """Every tensor of a safetensors file, in the order of the bytes. Raises LoadError naming the tensor at fault."""
+    """Every tensor of a safetensors file, in the order of the bytes, none of which is read. Raises LoadError.
+
+    The package `safetensors` says what a valid header is.
+    """
     file = TensorFile(path)
 
     def fault(message: str, tensor: str | None = None) -> LoadError:
@@ -161,63 +165,55 @@ def read_safetensors(path: Path) -> dict[str, Region]:
     length = int.from_bytes(file.read(0, 8), "little")
     if length > min(file.size - 8, _MAX_HEADER):
         raise fault(f"its header claims {length} bytes, the file has {file.size} (headers: at most {_MAX_HEADER})")
+    header = file.read(0, 8 + length)
     try:
-        header = json.loads(file.read(8, length).decode(), object_pairs_hook=_unique, parse_int=_size)
-        json.dumps(header, ensure_ascii=False).encode()  # a lone surrogate is no text
-    except (ValueError, RecursionError) as error:
-        raise fault(f"its header is no JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise fault("its header is no JSON object")
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
-        raise fault("its metadata is no object of strings")
-    begin = 8 + length
-    regions = {}
-    for name, entry in header.items():
-        try:
-            dtype, shape, start, end = _entry(entry)
-        except ValueError as error:
-            raise fault(str(error), name) from error
-        regions[name] = (Region(file, begin + start, shape, dtype), begin + end)
-    at = begin
-    ordered = sorted(regions.items(), key=lambda item: (item[1][0].offset, item[1][1]))
-    for name, (region, end) in ordered:
-        if region.offset != at:
-            raise fault(f"its bytes begin at {region.offset - begin}, those before it end at {at - begin}", name)
-        at = end
-    if at != file.size:
-        raise fault(f"its tensors need {at} bytes, the file has {file.size}")
-    return {name: region for name, (region, _) in ordered}
+        entries = _entries(header, file.size)
+    except SafetensorError as error:
+        message = str(error).removeprefix("Error while deserializing header: ")
+        raise fault(*_reason(header, file.size) or (message, None)) from error
+    except OSError as error:
+        raise LoadError(path, f"has a header that cannot be checked: {error}") from error
+    regions, at = {}, len(header)
+    for name, (dtype, shape) in entries.items():
+        if dtype not in _ITEMSIZE or len(shape) > _MAX_DIMENSIONS:
+            raise fault(f"dtype {dtype!r} with {len(shape)} dimensions is unknown", name)
+        regions[name] = Region(file, at, shape, dtype)
+        at += math.prod(shape) * _ITEMSIZE[dtype]
+    return regions
 
 
-def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """(dtype, shape, first byte, end) of a header's entry. Raises ValueError for one that makes no sense."""
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError("its entry needs dtype, shape and data_offsets")
-    dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _ITEMSIZE:
-        raise ValueError(f"dtype {str(dtype)[:40]!r} is unknown")
-    if not isinstance(shape, list) or len(shape) > 8 or any(type(n) is not int or not 0 <= n < 1 << 48 for n in shape):
-        raise ValueError(f"shape {str(shape)[:80]} is no list of sizes")
-    if not isinstance(span, list) or len(span) != 2 or any(type(n) is not int or not 0 <= n < 1 << 60 for n in span):
-        raise ValueError(f"data_offsets {str(span)[:80]} are no pair of positions")
-    start, end = span
-    if end - start != math.prod(shape) * _ITEMSIZE[dtype]:
-        raise ValueError(f"shape {shape} of {dtype} does not fill bytes {start} to {end}")
-    return dtype, tuple(shape), start, end
+def _entries(header: bytes, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape), in the order of the bytes, of a file of `size` bytes. Raises SafetensorError, OSError.
+
+    The package maps what it opens. So it gets a sparse file in memory with the same header: one on disk may be cut
+    while it is mapped, which ends the process.
+    """
+    memory = os.memfd_create("safetensors")
+    try:
+        os.truncate(memory, size)
+        os.pwrite(memory, header, 0)
+        with safe_open(f"/proc/self/fd/{memory}", "np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
+            return {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in slices.items()}
+    finally:
+        os.close(memory)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a name stands twice in one object")
-    return made
-
-
-def _size(text: str) -> int:
-    if text.startswith("-"):
-        raise ValueError(f"{text} is no size")
-    return int(text)
+def _reason(header: bytes, size: int) -> tuple[str, str | None] | None:
+    """(what is wrong, tensor) where the package's own words lack the numbers: a shape, or a file cut short."""
+    end = 0
+    try:
+        entries = json.loads(header[8:])
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if len(shape) <= _MAX_DIMENSIONS and last - first != math.prod(shape) * _ITEMSIZE[dtype]:
+                return f"shape {shape} of {dtype} does not fill bytes {first} to {last}", name
+            end = max(end, last)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None  # no such entries: the package has said so
+    need = len(header) + end
+    return None if need == size else (f"its tensors need {need} bytes, the file has {size}", None)
 
 
 def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:

@@ -22,8 +22,9 @@ from weights_target import OutFile
 from llama.checkpoint import INDEX, hf_shapes
 from llama.config import ModelConfig, from_meta, read_json
 from llama.errors import ConfigError
-from llama.meta_format import meta_table, read_pth, spans, to_interleaved
+from llama.meta_format import read_pth, spans, to_interleaved
 from llama.tensor_file import FLOATS, Region, StoredTensor, row_bytes, safetensors_header
+from llama.weight_names import weight_names
 
 # Hugging Face's habit: files of at most about 5 GB.
 _SHARD = 5_000_000_000
@@ -134,7 +135,7 @@ class MetaWriter:
     """`torch.save` lays out files of the right size with nothing in them; the numbers are then put in their places."""
 
     def __init__(self, folder: Path, config: ModelConfig, dtypes: dict[str, str], parts: int) -> None:
-        self.table = meta_table(config)
+        self.table = weight_names(config)
         self.tied = config.tie_embeddings
         self.files: dict[Path, OutFile] = {}
         self.places: dict[str, list[Region]] = {name: [] for name in self.table}
@@ -143,16 +144,16 @@ class MetaWriter:
             path = folder / f"consolidated.{part:02}.pth"
             _reserve(path, config, dtypes, parts)
             regions = read_pth(path)
-            for name, meta in self.table.items():
-                self.places[name].append(regions[meta.name])
-                self.sums[path, regions[meta.name].offset] = 0
+            for name, weight in self.table.items():
+                self.places[name].append(regions[weight.meta])
+                self.sums[path, regions[weight.meta].offset] = 0
             self.files[path] = OutFile(path)
 
     def put(self, name: str, first: int, rows: Tensor) -> None:
-        meta = self.table[name]
-        if meta.head_dim:
-            rows = to_interleaved(rows, meta.head_dim)
-        for region, row, here, columns in spans(self.places[name], meta.split, first, rows):
+        weight = self.table[name]
+        if weight.head_dim:
+            rows = to_interleaved(rows, weight.head_dim)
+        for region, row, here, columns in spans(self.places[name], weight.split, first, rows):
             data = _bytes(rows[here, columns] if rows.dim() == 2 else rows[here])
             path = region.file.path
             self.files[path].write(data, region.offset + row * row_bytes(region.shape, region.dtype))
@@ -176,11 +177,11 @@ def _reserve(path: Path, config: ModelConfig, dtypes: dict[str, str], parts: int
     """A .pth with room for one part's tensors."""
     shapes = {name: [*tensor_shape] for name, tensor_shape in _untied_shapes(config).items()}
     tensors = {}
-    for name, meta in meta_table(config).items():
-        if meta.split is not None:
-            shapes[name][meta.split] //= parts
+    for name, weight in weight_names(config).items():
+        if weight.split is not None:
+            shapes[name][weight.split] //= parts
         dtype = FLOATS[dtypes.get(name) or dtypes["model.embed_tokens.weight"]]
-        tensors[meta.name] = torch.empty(shapes[name], dtype=dtype)  # never touched, so it takes no memory
+        tensors[weight.meta] = torch.empty(shapes[name], dtype=dtype)  # never touched, so it takes no memory
     try:
         with torch.serialization.skip_data():
             torch.save(tensors, path)

@@ -19,8 +19,8 @@ from weights_target import replacing
 from llama.checkpoint import bytes_bar
 from llama.config import ModelConfig
 from llama.errors import LoadError
-from llama.meta_format import meta_table
 from llama.tensor_file import FLOATS, NAMES, chunks, is_finite
+from llama.weight_names import weight_names
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _copy(
     source: Source, dtypes: dict[str, str], writer: Writer, form: str, config: ModelConfig, progress: bool
 ) -> None:
     """Every chunk of every tensor, in the dtype asked for, to the writer. Raises LoadError where a number overflows."""
-    head_dims = {name: meta.head_dim for name, meta in meta_table(config).items()} if form == META else {}
+    head_dims = {name: weight.head_dim for name, weight in weight_names(config).items()} if form == META else {}
     total = sum(tensor.nbytes for tensor in source.tensors.values())
     with bytes_bar(total, source.path.name, progress) as bar:
         for name, tensor in source.tensors.items():
