@@ -26,6 +26,9 @@ from api.errors import (
     ServiceUnavailableError,
 )
 from api.legacy import ChatCompletion, Completion, Model, init, shutdown
+from llama import __version__ as __version__
+
+__project__ = "llama-slots"  # _floor.py looks for it
 
 __all__ = [
     "APIConnectionError",

@@ -35,6 +35,8 @@ from kernels.transfer import Mirror, fetch, upload
 if HAS_TRITON:
     from kernels import triton_ops
 
+__project__ = "llama-slots"  # llama/_floor.py looks for it
+
 __all__ = [
     "AttentionPlan",
     "LinearWeight",

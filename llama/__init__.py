@@ -5,9 +5,9 @@ configuration, requests, the scheduler) does not load it.
 """
 
 from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from llama import _floor as _floor
 
 if TYPE_CHECKING:
     from llama.config import EngineConfig, Limits, ModelConfig
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from llama.sequence import FinishReason
     from llama.stream import Delta, Stream
     from llama.tokenizer import Tokenizer
+
+__project__ = "llama-slots"  # _floor.py looks for it
+__version__ = "0.1.0"
 
 _HOMES = {
     "Completion": "llama.engine",
@@ -52,14 +55,3 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'llama' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
-
-
-def _check_floor(package: str) -> None:
-    """Raise ImportError if another distribution's package of the same name shadows the floor below."""
-    spec = find_spec(package)
-    found = Path(spec.origin).parent.parent if spec is not None and spec.origin else None
-    if found != Path(__file__).parent.parent:
-        raise ImportError(f"the package {package!r} found at {found} is not this project's; another shadows it")
-
-
-_check_floor("kernels")

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # Bottom up: a module imports only from modules above it in this list.
 LLAMA = [
+    "llama._floor",
     "llama.errors",
     "llama.config",
     "llama.request",
@@ -24,6 +25,7 @@ LLAMA = [
     "llama.cache",
     "llama.batch",
     "llama.model",
+    "llama.weight_names",
     "llama.tensor_file",
     "llama.meta_format",
     "llama.checkpoint",
