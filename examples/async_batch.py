@@ -5,7 +5,7 @@ import time
 
 import api
 
-QUESTIONS = ["What is a slot?", "Who are you?", "What is two plus three?", "Say 'Test'.", "What is a token?"] * 4
+QUESTIONS = ["What is a slot?", "Who are you?", "What is 2 plus 3?", "Say 'Test'.", "What is a seed?"] * 4
 
 
 async def main() -> None:

@@ -16,7 +16,7 @@ def ask(number: int) -> str:
                 messages=[{"role": "user", "content": f"What is {number} plus 2?"}], temperature=0, max_tokens=30
             )
             return f"{number} plus 2: {answer.choices[0].message.content}"
-        except api.RateLimitError as error:  # code "slots_full"; wait=True in create() would line up instead
+        except api.RateLimitError as error:  # code "rate_limit_exceeded"; create(wait=True) stands in line instead
             refused.append(number)
             time.sleep(min(error.retry_after, 0.05))
 

@@ -12,13 +12,13 @@ ENDINGS = (" A slot is a place for one request", " A slot is a kind of cheese", 
 with api.Client(model="demo") as client:
     for ending in ENDINGS:
         scored = client.completions.create(prompt=PROMPT + ending, max_tokens=0, echo=True, logprobs=0)
-        found = scored.choices[0].logprobs
-        counted = [
+        tokens = scored.choices[0].logprobs
+        of_ending = [
             logprob
-            for offset, logprob in zip(found.text_offset, found.token_logprobs, strict=True)
+            for offset, logprob in zip(tokens.text_offset, tokens.token_logprobs, strict=True)
             if offset >= len(PROMPT) and logprob is not None
         ]
-        print(f"{sum(counted):8.2f} in {len(counted):2} tokens  {ending}")
+        print(f"{sum(of_ending):8.2f} in {len(of_ending):2} tokens  {ending}")
 
 with llama.Engine("demo", progress=False) as engine:
     params = llama.SamplingParams(max_tokens=0, prompt_logprobs=0)

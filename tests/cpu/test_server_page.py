@@ -1,5 +1,6 @@
-"""The playground in a real browser: ask, stream, stop, no free slot, a wrong key. Skipped where there is no Chromium.
+"""The playground in a real browser: ask, stream, stop, no free slot, a wrong key.
 
+The browser is Debian's (apt-get install chromium), not one that playwright downloads; these tests are skipped without.
 PLAYGROUND_PICTURE=docs/playground.png also takes the picture that the documentation shows.
 """
 
@@ -19,10 +20,9 @@ from server_cases import Raw, Serving, eventually, post, serving
 
 import api
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra dev")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-PAGE = Path(api.__file__).parent / "playground.html"
+(PAGE,) = Path(api.__file__).parent.rglob("playground.html")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,8 @@ def served() -> Iterator[Serving]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("needs a browser: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -108,9 +110,9 @@ def test_no_free_slot_and_a_wrong_key(page: Any, served: Serving) -> None:
         script.gate = lambda: time.sleep(0.02)
         body = {"model": "demo", "prompt": "Once", "max_tokens": 900, "stream": True, "ignore_eos": True}
         request = post("/v1/completions", body, {"Authorization": "Bearer right"})
-        with Raw(served.port) as one, Raw(served.port) as two:
-            for raw in (one, two):
-                raw.send(request).read_until(b"data: ")
+        with Raw(served.port) as first, Raw(served.port) as second:
+            for connection in (first, second):
+                connection.send(request).read_until(b"data: ")
             say(page, "Is there room?")
             error = page.locator(".error")
             sync_api.expect(error).to_contain_text("All 2 slots are taken")
