@@ -18,7 +18,7 @@ from llama.config import ModelConfig, read_json
 from llama.errors import CheckpointError, LoadError
 from llama.meta_format import part_files, parts_expected, read_meta, read_pth
 from llama.model import parameter_shapes
-from llama.tensor_file import FLOATS, StoredTensor, chunks, is_finite, read_safetensors, stored
+from llama.tensor_file import FLOATS, StoredTensor, chunks, is_finite, read_safetensors
 from llama.weight_names import weight_names
 
 INDEX = "model.safetensors.index.json"
@@ -109,8 +109,7 @@ def open_checkpoint(folder: Path | str, config: ModelConfig) -> Checkpoint:
     if parts:
         contents, problems = read_meta(parts, config)
     else:
-        problems = []
-        contents = [(name, stored(region)) for path in files for name, region in read_safetensors(path).items()]
+        contents, problems = [item for path in files for item in read_safetensors(path).items()], []
     shapes = hf_shapes(config)
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in contents:

@@ -122,10 +122,6 @@ def row_bytes(shape: tuple[int, ...], dtype: str) -> int:
     return math.prod(shape[1:]) * _ITEMSIZE[dtype]
 
 
-def stored(region: Region) -> StoredTensor:
-    return StoredTensor(region.shape, region.dtype, (region.file,), region.read_rows)
-
-
 def chunks(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
     """(first row, rows) of reads of about CHUNK bytes that cover the tensor."""
     rows, per = tensor.shape[0], row_bytes(tensor.shape, tensor.dtype) * tensor.step
@@ -150,7 +146,7 @@ def is_finite(tensor: Tensor) -> bool:
 # safetensors: eight bytes of length, a JSON object of that length, then the tensors without holes.
 
 
-def read_safetensors(path: Path) -> dict[str, Region]:
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of a safetensors file, in the order of the bytes, none of which is read. Raises LoadError.
 
     The package `safetensors` says what a valid header is.
@@ -173,13 +169,13 @@ def read_safetensors(path: Path) -> dict[str, Region]:
         raise fault(*_reason(header, file.size) or (message, None)) from error
     except OSError as error:
         raise LoadError(path, f"has a header that cannot be checked: {error}") from error
-    regions, at = {}, len(header)
+    tensors, at = {}, len(header)
     for name, (dtype, shape) in entries.items():
         if dtype not in _ITEMSIZE or len(shape) > _MAX_DIMENSIONS:
             raise fault(f"dtype {dtype!r} with {len(shape)} dimensions is unknown", name)
-        regions[name] = Region(file, at, shape, dtype)
-        at += math.prod(shape) * _ITEMSIZE[dtype]
-    return regions
+        tensors[name] = StoredTensor(shape, dtype, (file,), Region(file, at, shape, dtype).read_rows)
+        at += tensors[name].nbytes
+    return tensors
 
 
 def _entries(header: bytes, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:

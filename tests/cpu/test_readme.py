@@ -132,8 +132,17 @@ def test_a_name_that_is_gone_would_be_noticed() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
-def test_examples_run(path: Path) -> None:
-    run(sys.executable, path)
+def test_examples_ask_what_the_demo_knows(path: Path) -> None:
+    answers = {
+        "async_batch": ["2 + 3 = 5.", "Pass seed= with a number.", "20 answers, "],
+        "embed": ["Sure! Test.", "total_tokens="],
+        "many_threads": ["8 + 2 = 10.", "3 slots, 8 threads: "],
+        "score": ["A slot is a kind of cheese", "for the prompt and its ending together"],
+        "serve_and_ask": ["Sure! Test.", "models: demo", "exit code 0"],
+        "stream": ["A slot is a place for one request in flight.", "first text after "],
+    }
+    printed = run(sys.executable, path)
+    assert [text for text in answers[path.stem] if text not in printed] == []
 
 
 def test_the_first_example_gives_the_origin_pages_answer() -> None:
