@@ -35,16 +35,15 @@ from llama.config import from_meta
 from llama.errors import EngineError
 from llama.meta_format import to_interleaved
 from llama.tensor_file import read_safetensors
+from llama_slots.roofline import decode_rate, prefill_seconds
+from llama_slots.weights import command as weights
+from llama_slots.weights import load as weights_load
+from llama_slots.weights import plan as weights_plan
+from llama_slots.weights import target as weights_target
+from llama_slots.weights.forms import HfWriter, meta_params
+from llama_slots.weights.gguf_file import gguf_table
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-import weights  # noqa: E402
-import weights_load  # noqa: E402
-import weights_plan  # noqa: E402
-import weights_target  # noqa: E402
-from roofline import decode_rate, prefill_seconds  # noqa: E402
-from weights_forms import HfWriter, meta_params  # noqa: E402
-from weights_gguf import gguf_table  # noqa: E402
 
 MHA = "dim=64,n_layers=2,n_heads=8,ffn_dim=176,vocab_size=400,max_seq_len=128"
 GQA = "dim=128,n_layers=2,n_heads=16,n_kv_heads=8,ffn_dim=344,vocab_size=400,max_seq_len=128,rope_theta=20000"
@@ -681,7 +680,7 @@ def test_a_disk_that_fills_up_meanwhile(
 def test_a_limit_on_the_size_of_files(tmp_path: Path, hf: Path, form: str) -> None:
     """The system itself says no, in the middle of torch's own writing as well."""
     code = (
-        "import resource, sys, weights\n"
+        "import resource, sys\nfrom llama_slots.weights import command as weights\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
         f"sys.exit(weights.main(['convert', 'hf', 'out', '--to', '{form}']))\n"
     )
@@ -716,14 +715,13 @@ def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path: Path, form: str
     """SIGKILL before the 71st write, or between the last one and the rename; the next run cleans up behind it."""
     quiet("random", "dim=256,n_layers=8,n_heads=8,ffn_dim=1024,vocab_size=8000", tmp_path / "hf", "--dtype", "float32")
     code = (
-        "import os, sys, signal\nfrom pathlib import Path\nimport weights, weights_target\n"
+        "import os, sys, signal\nfrom pathlib import Path\nfrom llama_slots.weights import command as weights, target\n"
         "left = int(sys.argv[1]); real = os.pwrite\n"
         "def pwrite(*args):\n    global left\n    left -= 1\n    if left < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(*args)\n"
         "os.pwrite = pwrite\n"
-        "sync = weights_target._sync\n"
         "def killed(folder): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "if left > 900: weights_target._sync = killed\n"
+        "if left > 900: target._sync = killed\n"
         f"sys.exit(weights.main(['convert', 'hf', 'out', '--to', '{form}']))\n"
     )
     path = os.pathsep.join((str(ROOT), str(ROOT / "scripts")))
@@ -765,7 +763,7 @@ def test_memory_is_bounded_by_a_chunk(tmp_path: Path) -> None:
     quiet("random", MHA, tmp_path / "small")
     quiet("random", "dim=1024,n_layers=4,n_heads=8,ffn_dim=4096,vocab_size=8000", tmp_path / "large")
     code = (
-        "import resource, weights\n"
+        "import resource\nfrom llama_slots.weights import command as weights\n"
         "for name in ('small', 'large'):\n"
         "    assert weights.main(['convert', name, f'{name}-meta', '--to', 'meta', '--shards', '2']) == 0\n"
         "    assert weights.main(['convert', f'{name}-meta', f'{name}-hf', '--dtype', 'float32']) == 0\n"
