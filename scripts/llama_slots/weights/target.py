@@ -1,14 +1,22 @@
-"""The folder that a command makes: built hidden beside its place, then put there with one rename, or not at all."""
+"""The folder that a command makes: built hidden beside its place, then put there in one step, or not at all.
+
+One run at a time writes a target: it holds a lock from before the first byte until the folder is in its place.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
 import os
 import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
 
 class WriteError(Exception):
@@ -17,45 +25,131 @@ class WriteError(Exception):
 
 @contextlib.contextmanager
 def replacing(source: Path, target: Path, force: bool, nbytes: int) -> Iterator[Path]:
-    """A hidden folder beside the target, which takes the target's place when all went well. Raises WriteError."""
+    """A hidden folder beside the target, which takes the target's place if the block ends well.
+
+    force: a checkpoint that is there may be replaced. nbytes: what will be written. Raises WriteError.
+    """
     target = target.absolute()
     _check_target(source, target, force)
-    hidden = target.parent / f".{target.name}.partial"
-    old = target.parent / f".{target.name}.replaced"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        hidden.mkdir(exist_ok=True)
-        lock = (hidden / ".lock").open("w")
-    except OSError as error:
-        raise WriteError(f"{target}: cannot be written: {error.strerror}; name a folder that can be made") from error
-    with lock:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, parent)
+            stack.enter_context(_lock(target, parent))
+            hidden, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
+            _clean_up(target, hidden, old)  # after a run that was killed
+            _check_target(source, target, force)  # again: another run may have finished it since
+            hidden.mkdir()
         except OSError as error:
-            raise WriteError(f"{target}: another run is writing it; wait for it, or name another folder") from error
-        _empty(hidden)  # of a run that was killed
+            raise WriteError(
+                f"{target}: cannot be written: {error.strerror}; name a folder that can be made"
+            ) from error
+        stack.callback(_tidy, target, hidden, old)
         try:
             _check_space(hidden, nbytes)
             yield hidden
-            (hidden / ".lock").unlink()
             _sync(hidden)
-            if target.exists() and any(target.iterdir()):
-                shutil.rmtree(old, ignore_errors=True)
-                target.rename(old)
-            hidden.rename(target)
+            _check_target(source, target, force)
+            _put(hidden, target, old)
             _sync_folder(target.parent)
-            shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             reason = f"writing failed: {error.strerror or error}; free some space or name another folder"
             raise WriteError(f"{target}: {reason}. Nothing was left behind") from error
-        finally:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(target: Path, parent: int) -> Iterator[None]:
+    """Hold the target's lock, a file in the folder `parent`. Unlinking it is the last act of its holder.
+
+    Raises WriteError where another run holds it, OSError where it cannot be made.
+    """
+    name = f".{target.name}.lock"
+    lock = _open_lock(target, name, parent)
+    try:
+        os.ftruncate(lock, 0)
+        os.write(lock, str(os.getpid()).encode())
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=parent)
+        os.close(lock)
+
+
+def _open_lock(target: Path, name: str, parent: int) -> int:
+    """The lock's file descriptor, locked. A file that was opened before its holder unlinked it is opened anew."""
+    while True:
+        _refuse_link(target.with_name(name))
+        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666, dir_fd=parent)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(lock, 20, 0).decode(errors="replace")
+            os.close(lock)
+            who = f", process {holder}" if holder else ""
+            raise WriteError(
+                f"{target}: another run is writing it{who}; wait for it, or name another folder"
+            ) from error
+        if _is_named(lock, name, parent):
+            return lock
+        os.close(lock)
+
+
+def _is_named(fd: int, name: str, parent: int) -> bool:
+    """Whether the name stands for the open file."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=parent, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _refuse_link(path: Path) -> None:
+    """What a link leads to is not ours to empty or to write. Raises WriteError."""
+    if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
+        raise WriteError(f"{path}: is a link, which is not followed; remove it")
+
+
+def _clean_up(target: Path, hidden: Path, old: Path) -> None:
+    """Remove the hidden folder, and put the old target back where its place is empty. The lock must be held."""
+    for path in (hidden, old):
+        _refuse_link(path)
+    if old.is_dir() and not target.exists():
+        old.rename(target)
+    for path in (hidden, old):
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
+def _tidy(target: Path, hidden: Path, old: Path) -> None:
+    """Clean up at the end of a run. The next run removes what this one cannot."""
+    with contextlib.suppress(OSError):
+        _clean_up(target, hidden, old)
+
+
+def _put(hidden: Path, target: Path, old: Path) -> None:
+    """Give the folder its name, in one step wherever the file system can swap two folders."""
+    if not target.exists() or not any(target.iterdir()):
+        hidden.rename(target)
+    elif not _exchange(hidden, target):
+        target.rename(old)
+        hidden.rename(target)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step; False where the system or the file system cannot. Raises OSError."""
+    if not hasattr(_LIBC, "renameat2"):
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    if _LIBC.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code))
 
 
 def _check_target(source: Path, target: Path, force: bool) -> None:
-    here, there = source.resolve(), target.resolve()
+    here, there = (Path(os.path.realpath(path)) for path in (source, target))
     if here.exists() and (there in (here, *here.parents) or here in there.parents):
         raise WriteError(
             f"{target}: is, holds or lies in the source {here}, which is never changed; name another folder"
@@ -79,12 +173,6 @@ def _check_space(folder: Path, nbytes: int) -> None:
         )
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.name != ".lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def _sync(folder: Path) -> None:
     for path in folder.iterdir():
         with path.open("rb") as file:
@@ -105,7 +193,7 @@ class OutFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         weakref.finalize(self, os.close, self.fd)
 
     def write(self, data: bytes | memoryview, at: int) -> None:
