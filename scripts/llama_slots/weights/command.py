@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 
@@ -42,6 +42,9 @@ from llama_slots.weights.write import write_checkpoint
 
 PROGRAM = "python scripts/weights.py"
 FORMS = {"hf": HF, "meta": META}
+SHAPE_HELP = "7B, 13B, 70B, a folder, or a shape: dim=64,n_layers=2,n_heads=8,..."
+Parser = argparse.ArgumentParser
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"  # what add_subparsers returns has no public name
 # A command's report as plain data, with its "text" for people, and the exit code.
 Outcome = tuple[dict[str, Any], int]
 
@@ -109,56 +112,87 @@ def parse(argv: list[str] | None, program: str) -> Options:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    for add in (_add_inspect, _add_verify, _add_convert, _add_plan, _add_random, _add_load):
+        add(commands)
+    given = parser.parse_args(argv)
+    return Options(given.command, given.json, partial(given.run, given), getattr(given, "source", None))
 
-    def command(name: str, run: Callable[[argparse.Namespace], Outcome], help: str) -> argparse.ArgumentParser:
-        options = commands.add_parser(name, help=help)
-        options.set_defaults(run=run)
-        options.add_argument("--json", action="store_true", help="one JSON object instead of text")
-        return options
 
-    options = command("inspect", lambda a: inspect(a.source, not a.no_checksums), "what a checkpoint is")
+# Each adds a command. `run` of its arguments calls the function below that has the command's name.
+
+
+def _add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], Outcome], help: str) -> Parser:
+    options = commands.add_parser(name, help=help)
+    options.set_defaults(run=run)
+    options.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    return options
+
+
+def _add_inspect(commands: Commands) -> None:
+    options = _add_command(commands, "inspect", lambda a: inspect(a.source, not a.no_checksums), "what a checkpoint is")
     options.add_argument("source")
     options.add_argument("--no-checksums", action="store_true", help="do not read the files to their end")
-    options = command(
+
+
+def _add_verify(commands: Commands) -> None:
+    options = _add_command(
+        commands,
         "verify",
         lambda a: verify(a.source, not a.no_forward, _bars(a.json)),
         "whether a checkpoint is whole and answers",
     )
     options.add_argument("source")
     options.add_argument("--no-forward", action="store_true", help="do not load the model and ask it for a token")
-    options = command(
-        "convert", lambda a: convert(a.source, _output(a), _bars(a.json)), "from any form to Hugging Face's or Meta's"
+
+
+def _add_convert(commands: Commands) -> None:
+    options = _add_command(
+        commands,
+        "convert",
+        lambda a: convert(a.source, _output(a), _bars(a.json)),
+        "from any form to Hugging Face's or Meta's",
     )
     options.add_argument("source")
     _add_output(options)
-    options = command(
+
+
+def _add_plan(commands: Commands) -> None:
+    options = _add_command(
+        commands,
         "plan",
         lambda a: plan(a.model, a.card, a.slots, a.context, a.dtype or list(FORMATS)),
         "what fits on a card and how fast it could be",
     )
-    options.add_argument("model", help="7B, 13B, 70B, a folder, or a shape: dim=64,n_layers=2,n_heads=8,...")
+    options.add_argument("model", help=SHAPE_HELP)
     options.add_argument("--card", default="H200", help=", ".join(CARDS))
     options.add_argument("--slots", type=int, default=30)
     options.add_argument("--context", type=int, help="tokens of each slot (default: the model's own)")
     options.add_argument("--dtype", choices=FORMATS, action="append", help="default: all of them")
-    options = command(
+
+
+def _add_random(commands: Commands) -> None:
+    options = _add_command(
+        commands,
         "random",
         lambda a: make_random(a.model, a.seed, _output(a), _bars(a.json)),
         "random weights of an exact shape",
     )
-    options.add_argument("model", help="7B, 13B, 70B, a folder, or a shape: dim=64,n_layers=2,n_heads=8,...")
+    options.add_argument("model", help=SHAPE_HELP)
     _add_output(options)
     options.add_argument("--seed", type=int, default=0)
-    options = command("load", lambda a: load(a.source, a.dtype, a.device, a.rounds), "how fast a checkpoint loads")
+
+
+def _add_load(commands: Commands) -> None:
+    options = _add_command(
+        commands, "load", lambda a: load(a.source, a.dtype, a.device, a.rounds), "how fast a checkpoint loads"
+    )
     options.add_argument("source")
     options.add_argument("--dtype", choices=DTYPES)
     options.add_argument("--device", default="cpu")
     options.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args(argv)
-    return Options(given.command, given.json, partial(given.run, given), getattr(given, "source", None))
 
 
-def _add_output(options: argparse.ArgumentParser) -> None:
+def _add_output(options: Parser) -> None:
     options.add_argument("target", type=Path, help="the folder to make")
     options.add_argument("--to", choices=FORMS, default="hf", help="whose form (default: hf)")
     options.add_argument("--dtype", choices=DTYPES)

@@ -33,6 +33,8 @@ def replacing(source: Path, target: Path, force: bool, nbytes: int) -> Iterator[
     _check_target(source, target, force)
     with contextlib.ExitStack() as stack:
         try:
+            with contextlib.suppress(FileNotFoundError):
+                target.parent.stat()  # says what is wrong with a loop of links; mkdir says that it exists
             target.parent.mkdir(parents=True, exist_ok=True)
             parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, parent)
