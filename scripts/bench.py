@@ -1,4 +1,4 @@
-"""The one meter. Every figure is taken in one run beside what it is compared with; the last line is one JSON object.
+"""Run a benchmark. It takes every figure beside what it is compared with; the last line is one JSON object.
 
     python scripts/bench.py overhead                   Python per step and per token, the runner computing nothing
     python scripts/bench.py latency    --shape 110M    one request alone: TTFT, prefill and decode, beside transformers
@@ -15,8 +15,8 @@
     python scripts/bench.py all --device cuda          every one that makes sense there, into a file of benchmarks/
 
 --model DIR measures a real checkpoint instead of random weights of a shape. Runs of the sides alternate; a figure is
-the median of --rounds, a ratio the median of the rounds' ratios. Neither is printed, but the reason, where the rounds
-differ too much (--max-spread); and no ratio where a peer is missing, or where its tokens differ from ours.
+the median of --rounds, a ratio the median of the rounds' ratios. The reason is printed instead where the rounds
+differ too much (--max-spread). There is no ratio where a peer is missing, or where its tokens differ from ours.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ import json
 import sys
 
 import torch
-from bench_machine import machine_facts
 
+from benchmarks.machine import machine_facts
 from llama.errors import EngineError
+from llama_slots.extras import needs
 
-# Each is a module bench_SUBJECT with add_arguments(parser) and run(args) -> figures. Only the one asked for is
-# imported, since `kernels` must run where nothing that `serve` needs is installed.
+# Each is a module benchmarks.SUBJECT with add_arguments(parser) and run(args) -> figures. Only the one asked for is
+# imported: `kernels` must run where the packages that `serve` needs are not installed.
 SUBJECTS = (
     *("overhead", "latency", "offline", "throughput", "serve", "slots", "prefix", "compare", "invariance", "kernels"),
     *("idle", "ceilings", "all"),
@@ -59,9 +60,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("what", choices=SUBJECTS)
     what = parser.parse_args(argv[:1]).what
     try:
-        subject = importlib.import_module(f"bench_{what}")
+        subject = importlib.import_module(f"benchmarks.{what}")
     except ModuleNotFoundError as error:
-        parser.exit(1, f"bench.py {what}: needs {error.name}, which is not installed\n")
+        parser.exit(1, f"bench.py {what}: {needs(error.name or str(error))}\n")
     parser = argparse.ArgumentParser(
         prog=f"bench.py {what}", description=subject.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
 """Train the demo checkpoint: a small Llama-2 that knows how to use this engine, written to llama/demo/.
 
-Everything starts here from nothing but scripts/demo_text.txt: a SentencePiece tokenizer, then the model in plain torch
+Everything starts here from nothing but scripts/demo/text.txt: a SentencePiece tokenizer, then the model in plain torch
 (its parameters carry their Hugging Face names from the start), then the score on unseen questions, then the files.
 Seeded: the same machine, torch and number of threads give the same bytes. About 25 minutes on one CPU core.
 
@@ -22,10 +22,11 @@ from typing import Any
 import sentencepiece as spm
 import torch
 import torch.nn.functional as F
-from demo_text import DemoText, Dialog, Message, first_examples
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
+
+from demo.text import DemoText, Dialog, Message, first_examples
 
 DEMO = Path(__file__).resolve().parents[1] / "llama" / "demo"
 BOS, EOS, IGNORE = 1, 2, -100
@@ -277,7 +278,7 @@ def scorer(p: Parameters, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 CARD = """# The demo checkpoint
 
 A toy that knows this engine, and little else: a Llama-2 of {parameters:,} parameters in bfloat16, written whole by
-`scripts/train_demo.py` from `scripts/demo_text.txt`, text that this project wrote itself. With it the engine answers
+`scripts/train_demo.py` from `scripts/demo/text.txt`, text that this project wrote itself. With it the engine answers
 with nothing downloaded. It is no assistant: outside its topics it says that it does not know, or answers wrongly.
 
 | | |

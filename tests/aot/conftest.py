@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))  # scripts/
-sys.path.insert(0, str(HERE.parents[1] / "scripts"))  # whose modules name each other plainly
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     collect_ignore_glob = ["test_*.py"]

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import bench_kernels
 import pytest
 import torch
-import tune_tiles
-from gpu_timer import Call, Ceilings
 
 import kernels
+from benchmarks import kernels as bench_kernels
+from benchmarks import tune_tiles
+from benchmarks.gpu_timer import Call, Ceilings
 from kernels import tiles
 from kernels.offline import capture
 from kernels.tiles import TABLE, AttentionTile, MatmulTile, read_cards

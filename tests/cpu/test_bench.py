@@ -9,15 +9,12 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import bench_serve  # noqa: E402
-from bench_figures import Figure, alternate, beside, best_peers  # noqa: E402
-from bench_machine import Ceilings  # noqa: E402
-from bench_model import SHAPES  # noqa: E402
-from bench_remote import RemoteSides  # noqa: E402
-from roofline import (  # noqa: E402
+from benchmarks import serve as bench_serve
+from benchmarks.figures import Figure, alternate, beside, best_peers
+from benchmarks.machine import Ceilings
+from benchmarks.model import SHAPES
+from benchmarks.remote import RemoteSides
+from llama_slots.roofline import (
     Card,
     decode_rate,
     decode_work,
@@ -27,6 +24,8 @@ from roofline import (  # noqa: E402
     serving_rate,
     serving_work,
 )
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 H200 = Card(139 * 2**30, 4.3e12, 790e12, None, "measured")
 BF16 = plain_format(2)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import bench_compare
-import bench_continuous
-import bench_engines
-import bench_model
-import bench_peers
-from bench_engines import NEEDED, asked_for, gpt_fast_weights, tensors_of
-from bench_model import weights_folder
-
+from benchmarks import card_peers as bench_engines
+from benchmarks import compare as bench_compare
+from benchmarks import continuous as bench_continuous
+from benchmarks import model as bench_model
+from benchmarks import peers as bench_peers
+from benchmarks.card_peers import NEEDED, CardPeers, asked_for, gpt_fast_weights, tensors_of
+from benchmarks.model import BenchModel, weights_folder
 from llama.config import ModelConfig
 
 TINY = ModelConfig(64, 2, 4, 2, 16, 128, 320, max_seq_len=128)
@@ -50,8 +46,9 @@ def arguments(*words: str) -> argparse.Namespace:
 
 
 def test_only_those_asked_for_are_sides(tmp_path: Path, checkout: Path) -> None:
-    assert asked_for(arguments(), tmp_path, tmp_path) == []
-    peers = asked_for(arguments("--vllm", "--gpt-fast", str(checkout)), tmp_path, tmp_path)
+    assert asked_for(CardPeers.of(arguments()), "cpu", tmp_path, tmp_path) == []
+    named = CardPeers.of(arguments("--vllm", "--gpt-fast", str(checkout)))
+    peers = asked_for(named, "cpu", tmp_path, tmp_path)
     assert [peer.name for peer in peers] == ["gpt-fast", "vllm"] and peers[0].only == ["decode"]
     assert peers[1].only == [name for name in bench_compare.SUBJECTS if name != "mixed8"]
 
@@ -90,7 +87,7 @@ def test_gpt_fast_gets_its_own_names_in_one_file(tmp_path: Path) -> None:
     layer = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
     layer += ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "attention_norm", "ffn_norm")
     names = {f"layers.{i}.{name}.weight" for i in range(2) for name in layer}
-    with weights_folder(arguments()) as folder:
+    with weights_folder(BenchModel.of(arguments())) as folder:
         file = gpt_fast_weights(folder, tmp_path, "bfloat16")
     weights = tensors_of(file, "bfloat16")
     expected = torch.load(file, weights_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +16,9 @@ from llama.config import ModelConfig
 if not HAS_TRITON:
     pytest.skip("needs triton", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-import bench_kernels
-import gpu_timer
-import tune_tiles
+from benchmarks import gpu_timer, tune_tiles
+from benchmarks import kernels as bench_kernels
 
 SEVEN, SEVENTY = ModelConfig.named("7B"), ModelConfig.named("70B")
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import bench_overhead
-from bench_overhead import CONTEXT, collections, decode_plan, time_layout
+from benchmarks import overhead as bench_overhead
+from benchmarks.overhead import CONTEXT, collections, decode_plan, time_layout
 
 
 def arguments(*words: str) -> argparse.Namespace:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -12,26 +11,24 @@ from typing import Any
 
 import pytest
 
+from benchmarks import compare as bench_compare
+from benchmarks import continuous as bench_continuous
+from benchmarks import latency as bench_latency
+from benchmarks import model as bench_model
+from benchmarks import offline as bench_offline
+from benchmarks import peers as bench_peers
+from benchmarks import throughput as bench_throughput
+from benchmarks.figures import Figure
+from benchmarks.llama_cpp import llama_cpp_missing, llama_cpp_sides
+from benchmarks.machine import Ceilings
+from benchmarks.model import BenchModel, weights_folder
+from benchmarks.peers import CHECKED_PROMPTS, Peer, peer_sides
+from benchmarks.sides import Ours, transformers_missing, transformers_sides
+from llama.config import EngineConfig, ModelConfig
+from llama.engine import Engine
+from llama.stream import Stream
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import bench_compare  # noqa: E402
-import bench_continuous  # noqa: E402
-import bench_latency  # noqa: E402
-import bench_model  # noqa: E402
-import bench_offline  # noqa: E402
-import bench_peers  # noqa: E402
-import bench_throughput  # noqa: E402
-from bench_figures import Figure  # noqa: E402
-from bench_llama_cpp import llama_cpp_missing, llama_cpp_sides  # noqa: E402
-from bench_machine import Ceilings  # noqa: E402
-from bench_model import weights_folder  # noqa: E402
-from bench_peers import CHECKED_PROMPTS, Peer, peer_sides  # noqa: E402
-from bench_sides import Ours, transformers_missing, transformers_sides  # noqa: E402
-
-from llama.config import EngineConfig, ModelConfig  # noqa: E402
-from llama.engine import Engine  # noqa: E402
-from llama.stream import Stream  # noqa: E402
 
 TINY = ModelConfig(64, 2, 4, 4, 16, 128, 320, max_seq_len=256)
 
@@ -59,6 +56,10 @@ def arguments(subject: Any, *words: str) -> argparse.Namespace:
     args = parser.parse_args(["--max-spread", "1e9", "--rounds", "3", *words])
     args.threads, args.shape = 1, "tiny"
     return args
+
+
+def model(*words: str) -> BenchModel:
+    return BenchModel.of(arguments(bench_compare, *words))
 
 
 class Copy:
@@ -95,8 +96,8 @@ def copying(folder: Path, wrong: int | None = None) -> Peer:
 
 @pytest.mark.parametrize("wrong", [None, *CHECKED_PROMPTS])
 def test_a_peer_with_another_token_after_any_of_the_prompts_is_refused(wrong: int | None) -> None:
-    args = arguments(bench_compare)
-    with weights_folder(args) as folder, peer_sides(args, folder, [copying(folder, wrong)], 1, 64) as (sides, refused):
+    tiny = model()
+    with weights_folder(tiny) as folder, peer_sides(tiny, folder, [copying(folder, wrong)], 1, 64) as (sides, refused):
         if wrong is None:
             assert [side.name for side in sides] == ["copy plain"] and refused == {}
         else:
@@ -108,24 +109,26 @@ def test_a_missing_peer_is_never_started() -> None:
     def start(*_: object) -> Any:
         raise AssertionError("was started")
 
-    args = arguments(bench_compare)
+    tiny = model()
     with (
-        weights_folder(args) as folder,
-        peer_sides(args, folder, [Peer("it", "is not here", start)], 1, 64) as (sides, refused),
+        weights_folder(tiny) as folder,
+        peer_sides(tiny, folder, [Peer("it", "is not here", start)], 1, 64) as (sides, refused),
     ):
         assert (sides, refused) == ([], {"it": "is not here"})
 
 
 def test_llama_cpp_is_measured_on_the_cpu_only(tmp_path: Path) -> None:
-    args = arguments(bench_compare, "--device", "cuda")
-    assert bench_peers.llama_cpp_peer(args, tmp_path, tmp_path).why_not == "is measured on the CPU only"
+    assert (
+        bench_peers.llama_cpp_peer(model("--device", "cuda"), tmp_path, tmp_path).why_not
+        == "is measured on the CPU only"
+    )
 
 
 def test_compare_names_versions_ways_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    def right(args: argparse.Namespace, folder: Path, *_: object) -> Peer:
+    def right(model: BenchModel, folder: Path, *_: object) -> Peer:
         return copying(folder)
 
-    def wrong(args: argparse.Namespace, folder: Path, *_: object) -> Peer:
+    def wrong(model: BenchModel, folder: Path, *_: object) -> Peer:
         peer = copying(folder, 17)
         return Peer("other", None, peer.start)
 
@@ -213,7 +216,7 @@ def test_no_share_and_no_picture_where_the_ceilings_moved(
 
 
 def test_a_peer_that_does_one_thing_is_not_asked_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    def right(args: argparse.Namespace, folder: Path, *_: object) -> Peer:
+    def right(model: BenchModel, folder: Path, *_: object) -> Peer:
         return replace(copying(folder), only=["decode"])
 
     monkeypatch.setattr(bench_compare, "transformers_peer", right)
@@ -247,7 +250,7 @@ def test_ours_has_so_many_requests_in_flight_and_no_more(monkeypatch: pytest.Mon
 
 @pytest.mark.skipif(transformers_missing() is not None, reason="transformers is not installed")
 def test_transformers_gets_so_many_prompts_at_a_time() -> None:
-    with weights_folder(arguments(bench_compare)) as folder:
+    with weights_folder(model()) as folder:
         (side,) = transformers_sides(folder, "float32", "cpu", 1, ["eager"])
     calls: list[tuple[int, int]] = []
     side._generate = lambda prompts, n: calls.append((len(prompts), n))  # type: ignore[attr-defined]
@@ -257,8 +260,7 @@ def test_transformers_gets_so_many_prompts_at_a_time() -> None:
 
 @pytest.mark.skipif(CONTINUOUS_MISSING is not None, reason=f"transformers' continuous batching {CONTINUOUS_MISSING}")
 def test_continuous_batching_makes_our_tokens() -> None:
-    args = arguments(bench_compare)
-    with weights_folder(args) as folder:
+    with weights_folder(model()) as folder:
         with Engine(folder, EngineConfig(device="cpu", dtype="float32", slots=1), progress=False) as engine:
             expected = [Ours(engine).tokens(p, n) for p, n in zip(PROMPTS, LENGTHS, strict=True)]
         (side,) = bench_continuous.continuous_sides(folder, "float32", 1, 64)
@@ -270,7 +272,7 @@ def test_continuous_batching_makes_our_tokens() -> None:
 @pytest.mark.skipif(llama_cpp_missing() is not None, reason="llama-cpp-python and gguf are not installed")
 @pytest.mark.parametrize("cache", [0, 1])
 def test_llama_cpp_begins_a_sequence_where_another_has_ended(cache: int, tmp_path: Path) -> None:
-    with weights_folder(arguments(bench_compare)) as folder:
+    with weights_folder(model()) as folder:
         with Engine(folder, EngineConfig(device="cpu", dtype="float32", slots=1), progress=False) as engine:
             expected = [Ours(engine).tokens(p, n) for p, n in zip(PROMPTS, LENGTHS, strict=True)]
         side = llama_cpp_sides(folder, "float32", tmp_path, 1, 2, 64)[cache]
@@ -303,9 +305,9 @@ def test_as_many_requests_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_random_weights_are_kept_for_the_next_command(tmp_path: Path) -> None:
-    args = arguments(bench_compare, "--keep-weights", str(tmp_path))
-    with weights_folder(args) as first:
+    tiny = model("--keep-weights", str(tmp_path))
+    with weights_folder(tiny) as first:
         changed = (first / "config.json").stat().st_mtime_ns
-    with weights_folder(args) as second:
+    with weights_folder(tiny) as second:
         assert second == first == tmp_path / "random-tiny-float32"
         assert (second / "config.json").stat().st_mtime_ns == changed

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+from benchmarks import roofline_plot
+from benchmarks.figures import Figure
+from benchmarks.roofline_plot import Point
+from llama_slots.extras import pip_command
+from llama_slots.roofline import Card, Work
 
-import roofline_plot  # noqa: E402
-from bench_figures import Figure  # noqa: E402
-from roofline import Card, Work  # noqa: E402
-from roofline_plot import Point  # noqa: E402
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 CARD = Card(0, 100.0, 1000.0, None, "measured")
 
@@ -60,4 +60,4 @@ def test_without_matplotlib_nothing_is_measured(subject: str, tmp_path: Path) ->
     command = [sys.executable, str(SCRIPTS / "bench.py"), subject, "--plot", str(tmp_path / "roof.png")]
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin"})
     assert done.returncode == 2 and done.stdout == ""
-    assert "needs matplotlib, which is not installed: pip install '.[bench]'" in done.stderr
+    assert f"needs matplotlib, which is not installed: {pip_command('bench')}" in done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +11,8 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import bench_load as load
-import bench_serve
+from benchmarks import http_load as load
+from benchmarks import serve as bench_serve
 
 EVENT = b'data: {"choices": []}\n\n'
 USAGE = b'data: {"usage": {"prompt_tokens": 5, "completion_tokens": 12, "total_tokens": 17}}\n\n'

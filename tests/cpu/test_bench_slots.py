@@ -5,19 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import bench_idle
-import bench_model
-import bench_slots
-from bench_model import greedy, make_engine, random_prompt
-from bench_slots import Seen
-
+from benchmarks import idle as bench_idle
+from benchmarks import model as bench_model
+from benchmarks import slots as bench_slots
+from benchmarks.model import BenchModel, greedy, make_engine, random_prompt
+from benchmarks.slots import Seen
 from llama.config import ModelConfig
 from llama.request import Request
 
@@ -27,15 +22,17 @@ TINY = ModelConfig(64, 2, 4, 4, 16, 128, 320, max_seq_len=256)
 def arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     bench_slots.add_arguments(parser)
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    args.threads = 1
+    return args
 
 
 def test_every_token_of_every_request_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench_model.SHAPES, "110M", TINY)
-    args, dice = arguments(), random.Random(1)
+    dice = random.Random(1)
     lengths = [3, 7, 2, 5, 4]
     work = [Request([random_prompt(TINY, 6, dice)], greedy(n)) for n in lengths]
-    with make_engine(args, 2, 32, None) as engine:
+    with make_engine(BenchModel.of(arguments()), 2, 32) as engine:
         seen = asyncio.run(bench_slots.closed_loop(engine, work, 2))
     assert seen.tokens == sum(lengths)
     assert (len(seen.burst), len(seen.first)) == (2, 3)
@@ -45,7 +42,7 @@ def test_every_token_of_every_request_is_counted_once(monkeypatch: pytest.Monkey
 
 def test_the_middle_of_the_rounds_and_what_varied_too_much() -> None:
     rounds = [Seen([0.1, 0.2], [first], [0.004, 0.004, 0.02], 2.0, 100) for first in (0.01, 0.02, 0.09)]
-    found = bench_slots.summary(arguments(), rounds)
+    found = bench_slots.summary(rounds, 0.3)
     assert (found["inter_token_ms_p50"], found["inter_token_ms_p99"]) == (4.0, 20.0)
     assert (found["output_tok_s"], found["burst_last_first_token_ms"]) == (50.0, 200.0)
     assert set(found["refused"]) == {"first_token_ms_p50", "first_token_ms_p99"}
@@ -53,7 +50,7 @@ def test_the_middle_of_the_rounds_and_what_varied_too_much() -> None:
 
 
 def test_a_run_without_later_requests_has_no_first_token_of_theirs() -> None:
-    found = bench_slots.summary(arguments(), [Seen([0.1], [], [0.004], 2.0, 100)] * 3)
+    found = bench_slots.summary([Seen([0.1], [], [0.004], 2.0, 100)] * 3, 0.3)
     assert "first_token_ms_p50" not in found and "inter_token_ms_p50" in found
 
 

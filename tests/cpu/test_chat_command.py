@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from llama_slots import chat
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-import chat  # noqa: E402
 
 Talk = Callable[..., tuple[int, str, str]]
 

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import train_demo
+from demo import text as demo_text
+
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "llama" / "demo"
-sys.path.insert(0, str(ROOT / "scripts"))
-import demo_text  # noqa: E402
-import train_demo  # noqa: E402
 
 CONFIG: dict[str, Any] = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
 TEXT = demo_text.DemoText()

@@ -17,6 +17,8 @@ import pytest
 from api_cases import write_model
 from server_cases import Raw, ask, get, post
 
+from llama_slots.extras import pip_command
+
 ROOT = Path(__file__).parents[2]
 SLOW = {"model": "tiny", "prompt": "Once", "max_tokens": 4000, "ignore_eos": True, "stream": True}
 
@@ -142,10 +144,11 @@ def test_what_it_does_not_start_with(options: list[str], code: int, says: str) -
     assert says in done.stderr
 
 
-# serve.py with a fault planted where {what} is called in the thread that loads.
+# The server with a fault planted where {what} is called in the thread that loads.
 FAULTY = """
 import sys
-import api, serve
+import api
+from llama_slots import serve
 def fault(*args, **options):
     raise {error}
 {what} = fault
@@ -173,6 +176,31 @@ def test_whatever_goes_wrong_while_loading_ends_it(folder: Path, what: str, erro
     assert done.returncode == 1, done.stderr
     assert f"loading failed: {error}" in done.stderr
     assert "in fault" in done.stderr
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn", "h11", "prometheus_client"])
+def test_a_missing_extra_is_one_line(package: str, tmp_path: Path) -> None:
+    """The line names the package and the command that installs it."""
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('hidden', name={package!r})")
+    done = subprocess.run(
+        command("--model", "demo"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**environment(), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    name = package.replace("_", "-")
+    assert done.stderr == f"serve.py: needs {name}, which is not installed: {pip_command('serve')}\n"
+
+
+def test_a_checkout_that_python_does_not_find_is_one_line(tmp_path: Path) -> None:
+    """-S leaves out what is installed, the project itself among it."""
+    done = subprocess.run(
+        [sys.executable, "-S", *command("--model", "demo")[1:]], cwd=tmp_path, capture_output=True, text=True, env={}
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "serve.py: needs api, which is not found: run `pip install .`" in done.stderr
 
 
 def test_a_port_that_is_taken(folder: Path) -> None:

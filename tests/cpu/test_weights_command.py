@@ -35,16 +35,15 @@ from llama.config import from_meta
 from llama.errors import EngineError
 from llama.meta_format import to_interleaved
 from llama.tensor_file import read_safetensors
+from llama_slots.roofline import decode_rate, prefill_seconds
+from llama_slots.weights import command as weights
+from llama_slots.weights import load as weights_load
+from llama_slots.weights import plan as weights_plan
+from llama_slots.weights import target as weights_target
+from llama_slots.weights.forms import HfWriter, meta_params
+from llama_slots.weights.gguf_file import gguf_table
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-import weights  # noqa: E402
-import weights_load  # noqa: E402
-import weights_plan  # noqa: E402
-import weights_target  # noqa: E402
-from roofline import decode_rate, prefill_seconds  # noqa: E402
-from weights_forms import HfWriter, meta_params  # noqa: E402
-from weights_gguf import gguf_table  # noqa: E402
 
 MHA = "dim=64,n_layers=2,n_heads=8,ffn_dim=176,vocab_size=400,max_seq_len=128"
 GQA = "dim=128,n_layers=2,n_heads=16,n_kv_heads=8,ffn_dim=344,vocab_size=400,max_seq_len=128,rope_theta=20000"
@@ -681,7 +680,7 @@ def test_a_disk_that_fills_up_meanwhile(
 def test_a_limit_on_the_size_of_files(tmp_path: Path, hf: Path, form: str) -> None:
     """The system itself says no, in the middle of torch's own writing as well."""
     code = (
-        "import resource, sys, weights\n"
+        "import resource, sys\nfrom llama_slots.weights import command as weights\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
         f"sys.exit(weights.main(['convert', 'hf', 'out', '--to', '{form}']))\n"
     )
@@ -716,14 +715,13 @@ def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path: Path, form: str
     """SIGKILL before the 71st write, or between the last one and the rename; the next run cleans up behind it."""
     quiet("random", "dim=256,n_layers=8,n_heads=8,ffn_dim=1024,vocab_size=8000", tmp_path / "hf", "--dtype", "float32")
     code = (
-        "import os, sys, signal\nfrom pathlib import Path\nimport weights, weights_target\n"
+        "import os, sys, signal\nfrom pathlib import Path\nfrom llama_slots.weights import command as weights, target\n"
         "left = int(sys.argv[1]); real = os.pwrite\n"
         "def pwrite(*args):\n    global left\n    left -= 1\n    if left < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(*args)\n"
         "os.pwrite = pwrite\n"
-        "sync = weights_target._sync\n"
         "def killed(folder): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "if left > 900: weights_target._sync = killed\n"
+        "if left > 900: target._sync = killed\n"
         f"sys.exit(weights.main(['convert', 'hf', 'out', '--to', '{form}']))\n"
     )
     path = os.pathsep.join((str(ROOT), str(ROOT / "scripts")))
@@ -748,6 +746,146 @@ def test_two_runs_do_not_write_the_same_target(capsys: pytest.CaptureFixture[str
     assert (tmp_path / "out").is_dir()
 
 
+def test_a_run_that_is_about_to_finish_is_not_disturbed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, hf: Path
+) -> None:
+    """A second run while the first one syncs its files is told whose process it waits for."""
+    code = (
+        "import sys\nfrom llama_slots.weights import command, target\n"
+        "sync = target._sync\n"
+        "def slow(folder):\n    print('syncing', flush=True)\n    sys.stdin.readline()\n    sync(folder)\n"
+        "target._sync = slow\n"
+        "sys.exit(command.main(['convert', 'hf', 'out', '--force']))\n"
+    )
+    quiet("random", MHA, tmp_path / "other")
+    quiet("convert", tmp_path / "other", tmp_path / "out")
+    with python(code, tmp_path) as first:
+        assert first.stdout is not None and first.stdout.readline() == "syncing\n"
+        who = f"another run is writing it, process {first.pid}; wait for it"
+        refused(capsys, 3, who, "convert", tmp_path / "other", tmp_path / "out", "--force")
+        assert same(tmp_path / "out", tmp_path / "other"), "the old target stays until the new one is whole"
+        first.communicate("\n", timeout=60)
+    assert first.returncode == 0
+    assert same(tmp_path / "out", hf)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "other", "out"]
+
+
+# Writes a target of two files with equal contents again and again, each time with other ones.
+WRITER = """
+import os, random, sys, time
+from pathlib import Path
+from llama_slots.weights.target import WriteError, replacing
+written = 0
+end = time.monotonic() + 30
+while written < int(sys.argv[1]) and time.monotonic() < end:
+    text = str(random.random())
+    try:
+        with replacing(Path("source"), Path("out"), True, 1) as folder:
+            for name in ("config.json", "weights"):
+                (folder / name).write_text(text)
+                time.sleep(random.random() / 1000)
+        written += 1
+    except WriteError as error:
+        assert "another run is writing it" in str(error), error
+        time.sleep(random.random() / 500)
+"""
+
+
+def python(code: str, folder: Path, *args: object) -> subprocess.Popen[str]:
+    """A process that runs code in a folder, with the project on its path and pipes to it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "scripts")))}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
+
+
+def whole(out: Path) -> bool:
+    return (out / "config.json").read_text() == (out / "weights").read_text()
+
+
+def test_many_runs_to_one_target(tmp_path: Path) -> None:
+    """Whoever is refused tries again. The target is never gone and never mixed of two runs."""
+    with weights_target.replacing(tmp_path / "source", tmp_path / "out", False, 1) as folder:
+        for name in ("config.json", "weights"):
+            (folder / name).write_text("first")
+    writers = [python(WRITER, tmp_path, 25) for _ in range(4)]
+    while any(writer.poll() is None for writer in writers):
+        assert (tmp_path / "out" / "config.json").exists(), "the target was gone for a moment"
+    for writer in writers:
+        assert (writer.communicate()[1], writer.returncode) == ("", 0)
+    assert whole(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_runs_that_are_killed_leave_a_whole_target(tmp_path: Path) -> None:
+    """SIGKILL at random moments of one run, while another one goes on."""
+    rng = random.Random(5)
+    with weights_target.replacing(tmp_path / "source", tmp_path / "out", False, 1) as folder:
+        for name in ("config.json", "weights"):
+            (folder / name).write_text("first")
+    with python(WRITER, tmp_path, 40) as steady:
+        for _ in range(8 * ROUNDS):
+            with python(WRITER, tmp_path, 1000) as killed:
+                time.sleep(0.15 + rng.random() / 5)
+                killed.kill()
+        assert (steady.communicate()[1], steady.returncode) == ("", 0)
+    assert whole(tmp_path / "out")
+    with python(WRITER, tmp_path, 1) as last:
+        assert last.communicate()[1] == ""
+    assert whole(tmp_path / "out") and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_without_a_swap_of_folders_the_old_target_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems cannot swap. A run that dies between its two renames has the next one put the target back."""
+    monkeypatch.setattr(weights_target, "_exchange", lambda first, second: False)
+    source, out = tmp_path / "source", tmp_path / "out"
+
+    def write(text: str) -> None:
+        with weights_target.replacing(source, out, True, 1) as folder:
+            (folder / "config.json").write_text(text)
+
+    write("first")
+    write("second")
+    assert (out / "config.json").read_text() == "second"
+    out.rename(tmp_path / ".out.replaced")
+    with pytest.raises(weights_target.WriteError, match="add --force"), weights_target.replacing(source, out, False, 1):
+        pass
+    assert (out / "config.json").read_text() == "second" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", [".out.partial", ".out.lock", ".out.replaced"])
+def test_links_are_not_followed(capsys: pytest.CaptureFixture[str], tmp_path: Path, hf: Path, name: str) -> None:
+    """What a planted link leads to is neither emptied nor written."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "diary.txt").write_text("dear diary")
+    for behind in (tmp_path / "precious", tmp_path / "precious" / "diary.txt"):
+        (tmp_path / name).symlink_to(behind)
+        refused(capsys, 3, f"{name}: is a link, which is not followed; remove it", "convert", hf, tmp_path / "out")
+        assert (tmp_path / name).is_symlink() and not (tmp_path / "out").exists()
+        (tmp_path / name).unlink()
+    assert [path.name for path in (tmp_path / "precious").iterdir()] == ["diary.txt"]
+    assert (tmp_path / "precious" / "diary.txt").read_text() == "dear diary"
+
+
+def test_links_in_what_a_killed_run_left_are_not_followed(tmp_path: Path, hf: Path) -> None:
+    (tmp_path / "diary.txt").write_text("dear diary")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / ".out.partial").mkdir()
+    for name, behind in ((".lock", "diary.txt"), ("model.safetensors", "diary.txt"), ("folder", "precious")):
+        (tmp_path / ".out.partial" / name).symlink_to(tmp_path / behind)
+    quiet("convert", hf, tmp_path / "out")
+    assert (tmp_path / "diary.txt").read_text() == "dear diary" and same(tmp_path / "out", hf)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["diary.txt", "hf", "out", "precious"]
+
+
+def test_a_loop_of_links_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path, hf: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    refused(capsys, 3, "is not a folder; name another one", "convert", hf, tmp_path / "loop")
+    refused(capsys, 3, "Too many levels of symbolic links", "convert", hf, tmp_path / "loop" / "out")
+    refused(capsys, 2, "is not a folder, nor the name 'demo'", "convert", tmp_path / "loop", tmp_path / "out")
+    refused(capsys, 1, "cannot be read", "convert", hf, tmp_path / "out", "--tokenizer", tmp_path / "loop")
+
+
 def test_json_errors_are_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, text = run(capsys, "convert", tmp_path / "nowhere", tmp_path / "out", "--json")
     assert code == 2 and json.loads(text) == {"error": json.loads(text)["error"], "exit_code": 2}
@@ -765,7 +903,7 @@ def test_memory_is_bounded_by_a_chunk(tmp_path: Path) -> None:
     quiet("random", MHA, tmp_path / "small")
     quiet("random", "dim=1024,n_layers=4,n_heads=8,ffn_dim=4096,vocab_size=8000", tmp_path / "large")
     code = (
-        "import resource, weights\n"
+        "import resource\nfrom llama_slots.weights import command as weights\n"
         "for name in ('small', 'large'):\n"
         "    assert weights.main(['convert', name, f'{name}-meta', '--to', 'meta', '--shards', '2']) == 0\n"
         "    assert weights.main(['convert', f'{name}-meta', f'{name}-hf', '--dtype', 'float32']) == 0\n"

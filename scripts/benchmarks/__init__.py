@@ -1,0 +1,1 @@
+"""The subjects of scripts/bench.py, a module each, and what they share. Not installed."""

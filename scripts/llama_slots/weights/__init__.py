@@ -1,0 +1,1 @@
+"""`llama-slots weights`: reading, checking, converting and planning checkpoints."""
