@@ -21,10 +21,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import api
-from api.edge import LOOPBACK, access_log
-from api.server import Server
-from api.sockets import Exit, HttpServer, listen, settle
-from api.visit import EdgeLimits
+from api.http.app import App
+from api.http.limits import HttpLimits
+from api.http.middleware import LOOPBACK, access_log
+from api.http.uvicorn_server import Exit, HttpServer, listen, settle
 from llama.config import EngineConfig
 from llama.errors import EngineError
 
@@ -42,13 +42,13 @@ def main() -> int:
     try:
         keys = read_keys(args)
         hosts = allowed_hosts(args, bool(keys))
-        server = Server(
+        server = App(
             slots=args.slots,
             slots_per_key=args.slots_per_key,
             keys=keys,
             hosts=hosts,
             origins=args.allow_origin,
-            limits=EdgeLimits(drain=args.drain_seconds, request=args.request_seconds),
+            limits=HttpLimits(drain=args.drain_seconds, request=args.request_seconds),
         )
         socket = listen(args.host, args.port)
     except ValueError as error:
@@ -72,9 +72,7 @@ def main() -> int:
 class Loading(threading.Thread):
     """Loads the models while the address already answers 503."""
 
-    def __init__(
-        self, args: argparse.Namespace, server: Server, http: HttpServer, ready: Callable[[str], None]
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, server: App, http: HttpServer, ready: Callable[[str], None]) -> None:
         super().__init__(name="load", daemon=True)
         self.args, self.server, self.http, self.ready = args, server, http, ready
         self.failed = False
@@ -84,7 +82,7 @@ class Loading(threading.Thread):
             client = self._load()
             settle()
             self.server.client = client
-            self.ready(client._models.find().name)
+            self.ready(client.served.find().name)
         except (EngineError, ValueError) as error:
             print(f"serve: {error}", file=sys.stderr)
         except BaseException as error:
@@ -172,8 +170,8 @@ def parse() -> argparse.Namespace:
     service.add_argument(
         "--allow-origin", action="append", default=[], help="a page's origin that may call; repeatable"
     )
-    service.add_argument("--request-seconds", type=float, default=EdgeLimits.request, help="for a whole request")
-    service.add_argument("--drain-seconds", type=float, default=EdgeLimits.drain, help="for running ones at the end")
+    service.add_argument("--request-seconds", type=float, default=HttpLimits.request, help="for a whole request")
+    service.add_argument("--drain-seconds", type=float, default=HttpLimits.drain, help="for running ones at the end")
     service.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
 
     engine = parser.add_argument_group("engine", "fields of EngineConfig, under the same names")

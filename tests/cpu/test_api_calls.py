@@ -308,7 +308,7 @@ def test_64_threads_and_64_tasks_with_cancellations(client: api.Client) -> None:
     gc.collect()
     eventually(lambda: idle(client))
     eventually(lambda: threading.active_count() <= threads_before)
-    loop = client._models.find().engine._loop
+    loop = client.served.find().engine._loop
     assert not loop.tracks
     loop.scheduler.check()
 
@@ -421,7 +421,7 @@ def test_a_failed_step_and_a_dead_engine(folder: Path) -> None:
         assert complete(client).choices, "others go on"
         with scripted(client, lambda index, prompt: [-1]):
             assert error_of(complete, client).code == "nan_logits"
-        loop = client._models.find().engine._loop
+        loop = client.served.find().engine._loop
 
         def die(_: object) -> None:
             raise RuntimeError("a secret")
@@ -430,7 +430,7 @@ def test_a_failed_step_and_a_dead_engine(folder: Path) -> None:
         error = error_of(complete, client)
         assert (error.status_code, error.code) == (503, "engine_failed")
         assert isinstance(error.__cause__, EngineDead)
-        eventually(lambda: not client._models.find().engine.serving)
+        eventually(lambda: not client.served.find().engine.serving)
         assert client.health().status == "stopped"
         assert error_of(complete, client).status_code == 503
 

@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import api.error
 import pytest
 from api_cases import MESSAGES, PROMPT, error_of, write_model
 
 import api
-import api.error
 import api.legacy
 from llama.errors import ConfigError
 
@@ -67,16 +67,17 @@ def test_no_global_state_but_the_default_client() -> None:
     modules = [module for name, module in sys.modules.items() if name == "api" or name.startswith("api.")]
     constants = {
         "api.arguments.TABLE",
-        "api.edge.ENDPOINTS",
-        "api.edge.OPEN",
-        "api.generate.EVENT_STREAM",
-        "api.openapi.ERROR",
-        "api.openapi.FLAG",
-        "api.openapi.PATHS",
-        "api.openapi.REFUSALS",
-        "api.openapi.TABLE",
-        "api.openapi.TEXT",
-        "api.server.PAGE_HEADERS",
+        "api.http.app.PAGE_HEADERS",
+        "api.http.app.PATHS",
+        "api.http.middleware.ENDPOINTS",
+        "api.http.middleware.OPEN",
+        "api.http.openapi.ERROR",
+        "api.http.openapi.PATHS",
+        "api.http.openapi.REFUSALS",
+        "api.http.openapi.TABLE",
+        "api.http.openapi.TEXT",
+        "api.http.openapi.TEXT_OR_NULL",
+        "api.http.uvicorn_server.REFUSALS",
     }
     mutable = {
         f"{module.__name__}.{name}"

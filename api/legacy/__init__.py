@@ -14,7 +14,7 @@ from api.client import Client
 from api.errors import no_such_model
 from llama.errors import ConfigError
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _default: Client | None = None
 
 
@@ -22,9 +22,7 @@ def init(model: str | Path = "demo", **options: Any) -> Client:
     """Make the default client; options are `Client`'s. An earlier one is closed first."""
     global _default
     with _lock:
-        if _default is not None:
-            _default.close()
-            _default = None
+        shutdown()
         _default = Client(model, **options)
         return _default
 
@@ -40,25 +38,22 @@ def shutdown() -> None:
 
 def default_client(model: str | None = None) -> Client:
     """The default client, made for `model` if there is none yet. Raises NotFoundError if that is no checkpoint."""
-    global _default
-    with _lock:
-        if _default is None:
-            try:
-                _default = Client("demo" if model is None else model)
-            except ConfigError as error:
-                if error.field != "model":
-                    raise
-                raise no_such_model(error.value) from error
-        return _default
+    try:
+        with _lock:
+            return _default or init("demo" if model is None else model)
+    except ConfigError as error:
+        if error.field != "model":
+            raise
+        raise no_such_model(error.value) from error
 
 
-def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
-    """Old names of fields, as they are called today."""
+def _prepared(fields: dict[str, Any]) -> tuple[Client, dict[str, Any]]:
+    """The client for a call, and the call's fields under the names of today."""
     renamed = dict(fields)
     for old, new in (("engine", "model"), ("request_timeout", "timeout")):
         if renamed.get(new) is None and old in renamed:
             renamed[new] = renamed.pop(old)
-    return renamed
+    return default_client(renamed.get("model")), renamed
 
 
 class ChatCompletion:
@@ -67,14 +62,14 @@ class ChatCompletion:
     @classmethod
     def create(cls, **fields: Any) -> Any:
         """A `schema.ChatCompletion`; with stream=True a `ChunkStream` of its chunks."""
-        renamed = _renamed(fields)
-        return default_client(renamed.get("model")).chat.completions.create(**renamed)
+        client, renamed = _prepared(fields)
+        return client.chat.completions.create(**renamed)
 
     @classmethod
     async def acreate(cls, **fields: Any) -> Any:
         """The same, for event loops."""
-        renamed = _renamed(fields)
-        return await default_client(renamed.get("model")).chat.completions.acreate(**renamed)
+        client, renamed = _prepared(fields)
+        return await client.chat.completions.acreate(**renamed)
 
 
 class Completion:
@@ -83,14 +78,14 @@ class Completion:
     @classmethod
     def create(cls, **fields: Any) -> Any:
         """A `schema.Completion`; with stream=True a `ChunkStream` of its chunks."""
-        renamed = _renamed(fields)
-        return default_client(renamed.get("model")).completions.create(**renamed)
+        client, renamed = _prepared(fields)
+        return client.completions.create(**renamed)
 
     @classmethod
     async def acreate(cls, **fields: Any) -> Any:
         """The same, for event loops."""
-        renamed = _renamed(fields)
-        return await default_client(renamed.get("model")).completions.acreate(**renamed)
+        client, renamed = _prepared(fields)
+        return await client.completions.acreate(**renamed)
 
 
 class Model:
