@@ -48,7 +48,7 @@ class Heading:
 class Progress:
     """One sequence so far. pending_ids: counted, not yet in a chunk. blank: a chat answer's text has not begun.
 
-    frame: what stands before and after the text in the wire form of its chunks, once it is known.
+    frame: the JSON before and after the text of its chunks, once it is known.
     """
 
     prompt: Prompt
@@ -153,7 +153,7 @@ class Answer(ABC, Generic[Whole, Chunk]):
 
     @abstractmethod
     def _choices(self, delta: Delta, progress: Progress) -> list[Any]:
-        """What a delta adds to its choice, a chunk's worth each."""
+        """What a delta adds to its choice, one item for each chunk."""
 
     @abstractmethod
     def _folded(self, index: int, parts: list[Any]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -168,25 +168,6 @@ TABLE: dict[Endpoint, dict[str, Row]] = {
 # Arguments that the engine, or `Arguments`, takes as they are, under the same name.
 SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingParams) if any(f.name in rows for rows in TABLE.values()))
 AS_GIVEN = ("model", "messages", "echo", "stream", "return_token_ids", "explain", "add_special_tokens", "parse_special")
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The table as docs/parameters.md shows it, with the default limits."""
-    lines = ["| parameter | endpoints | default | what becomes of it | |", "|---|---|---|---|---|"]
-    for row in rows:
-        where = "both" if row.endpoints == BOTH else row.endpoints[0]
-        schema = row.kind.schema(Context(row.endpoints[-1], Limits(), vocab_size=1)) if row.kind else {}
-        note = row.note.format(**dict(_keywords(schema)))
-        lines.append(f"| `{row.name}` | {where} | {row.default} | {row.action} | {note} |")
-    return "\n".join(lines)
-
-
-def _keywords(schema: Any) -> Iterator[tuple[str, Any]]:
-    """The keywords of a JSON Schema and of those inside it."""
-    for name, value in schema.items() if isinstance(schema, dict) else ():
-        yield name, value
-        for inner in value if isinstance(value, list) else [value]:
-            yield from _keywords(inner)
 
 
 def read(

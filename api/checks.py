@@ -23,6 +23,7 @@ from llama.tokenizer import check_text
 Endpoint = Literal["chat", "completions"]
 Schema = dict[str, Any]
 MAX_INTEGER = 1 << 31
+LIST = (list, tuple)
 DECIMAL = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
@@ -51,8 +52,7 @@ class Plain:
     json: str
 
     def check(self, name: str, value: Any, context: Context) -> Any:
-        if not isinstance(value, self.python):
-            raise bad_type(name, value, f"a {self.json}")
+        _expect(self.python, name, value, f"a {self.json}")
         return value
 
     def schema(self, context: Context) -> Schema:
@@ -146,14 +146,11 @@ class StopStrings:
     """One string or a list of them."""
 
     def check(self, name: str, value: Any, context: Context) -> list[str]:
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, (list, tuple)):
-            raise bad_type(name, value, "a string or a list of strings")
-        limits = context.limits
+        texts, limits = [value] if isinstance(value, str) else value, context.limits
+        _expect(LIST, name, texts, "a string or a list of strings")
         _check_count(name, texts, limits.stop, "stop strings")
         for text in texts:
-            if not isinstance(text, str):
-                raise bad_type(name, text, "a string or a list of strings")
+            _expect(str, name, text, "a string or a list of strings")
             if not 1 <= len(text) <= limits.stop_chars:
                 raise bad_value(name, text, f"a stop string has 1 to {limits.stop_chars} characters")
             try:
@@ -171,8 +168,7 @@ class TokenIds:
     """A list of token ids."""
 
     def check(self, name: str, value: Any, context: Context) -> list[int]:
-        if not isinstance(value, (list, tuple)):
-            raise bad_type(name, value, "a list of token ids")
+        _expect(LIST, name, value, "a list of token ids")
         _check_count(name, value, context.limits.stop_token_ids, "ids")
         return [token_id(name, item, context) for item in value]
 
@@ -186,8 +182,7 @@ class Biases:
     bias = Number(-100, 100)
 
     def check(self, name: str, value: Any, context: Context) -> dict[int, float]:
-        if not isinstance(value, Mapping):
-            raise bad_type(name, value, "an object of token id to bias")
+        _expect(Mapping, name, value, "an object of token id to bias")
         _check_count(name, value, context.limits.logit_bias, "entries")
         biases: dict[int, float] = {}
         for key, bias in value.items():
@@ -215,8 +210,7 @@ class Prompts:
     def check(self, name: str, value: Any, context: Context) -> list[str | list[int]]:
         if isinstance(value, str):
             return [value]
-        if not isinstance(value, (list, tuple)):
-            raise bad_type(name, value, "a string, a list of strings, a list of token ids or a list of such lists")
+        _expect(LIST, name, value, "a string, a list of strings, a list of token ids or a list of such lists")
         if not value:
             raise bad_value(name, value, "at least one prompt is needed")
         if not isinstance(value[0], (str, list, tuple)):
@@ -240,8 +234,7 @@ class Messages:
     """
 
     def check(self, name: str, value: Any, context: Context) -> list[Mapping[str, Any]]:
-        if not isinstance(value, (list, tuple)):
-            raise bad_type(name, value, "a list of messages")
+        _expect(LIST, name, value, "a list of messages")
         if not 1 <= len(value) <= context.limits.messages:
             raise bad_value(name, len(value), f"must have 1 to {context.limits.messages} messages")
         return [_message(f"{name}[{i}]", message) for i, message in enumerate(value)]
@@ -259,8 +252,7 @@ class StreamOptions:
     """An object; only include_usage is acted on."""
 
     def check(self, name: str, value: Any, context: Context) -> dict[str, Any]:
-        if not isinstance(value, Mapping):
-            raise bad_type(name, value, "an object")
+        _expect(Mapping, name, value, "an object")
         if value.get("include_usage") is not None:
             BOOLEAN.check(f"{name}.include_usage", value["include_usage"], context)
         return dict(value)
@@ -273,8 +265,7 @@ class ResponseFormat:
     """An object whose type is text."""
 
     def check(self, name: str, value: Any, context: Context) -> None:
-        if not isinstance(value, Mapping):
-            raise bad_type(name, value, "an object")
+        _expect(Mapping, name, value, "an object")
         if value.get("type") in ("json_object", "json_schema"):
             raise unsupported(name, "JSON output needs the extra 'guided', which is not installed.")
         if value.get("type") != "text":
@@ -306,19 +297,16 @@ def asks_nothing(value: Any) -> bool:
 def _message(name: str, message: Any) -> Mapping[str, Any]:
     if isinstance(message, BaseModel):
         message = message.model_dump(exclude_none=True)
-    if not isinstance(message, Mapping):
-        raise bad_type(name, message, "an object with role and content")
+    _expect(Mapping, name, message, "an object with role and content")
     for key in ("role", "content"):
         if message.get(key) is None:
             raise missing(f"{name}.{key}")
-    if not isinstance(message["role"], str):
-        raise bad_type(f"{name}.role", message["role"], "a string")
+    _expect(str, f"{name}.role", message["role"], "a string")
     for key in ("tool_calls", "function_call", "tool_call_id"):
         if not asks_nothing(message.get(key)):
             raise unsupported(f"{name}.{key}", "Tool calls are not supported by this model.")
     content = message["content"]
-    if not isinstance(content, (str, list, tuple)):
-        raise bad_type(f"{name}.content", content, "a string or a list of text parts")
+    _expect((str, *LIST), f"{name}.content", content, "a string or a list of text parts")
     for i, part in enumerate([] if isinstance(content, str) else content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(kind, str) and kind != "text":
@@ -327,13 +315,17 @@ def _message(name: str, message: Any) -> Mapping[str, Any]:
 
 
 def _id_prompt(name: str, value: Any, context: Context) -> list[int]:
-    if not isinstance(value, (list, tuple)):
-        raise bad_type(name, value, "a list of token ids, like the ones before it")
+    _expect(LIST, name, value, "a list of token ids, like the ones before it")
     if not value:
         raise bad_value(name, value, "a prompt of ids needs at least one")
     if set(map(type, value)) == {int} and min(value) >= 0 and max(value) < context.vocab_size:
         return list(value)  # long prompts are checked in event loops, so at the speed of C
     return [token_id(name, item, context) for item in value]
+
+
+def _expect(kind: type | tuple[type, ...], name: str, value: Any, what: str) -> None:
+    if not isinstance(value, kind):
+        raise bad_type(name, value, what)
 
 
 def _check_count(name: str, items: Sequence[Any] | Mapping[Any, Any], most: int, what: str) -> None:

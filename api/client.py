@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, Self, overload
+from typing import Any, Generic, Literal, Self, TypeVar, overload
 
 import llama
 from api import schema
@@ -18,7 +18,9 @@ from api.models import Models, Settings
 from api.request import AsyncChunkStream, ChunkStream, Request
 from llama.config import EngineConfig, Limits
 
+On = Literal[True]
 Off = Literal[False] | None
+Flag = bool | None
 Wait = float | bool | None
 Seconds = float | None
 Body = Mapping[str, Any] | None
@@ -42,13 +44,7 @@ class BaseEndpoint(Generic[Whole, Chunk]):
 
     @overload
     async def _create_async(
-        self,
-        *,
-        stream: Literal[True],
-        wait: Wait = None,
-        timeout: Seconds = None,
-        extra_body: Body = None,
-        **fields: Any,
+        self, *, stream: On, wait: Wait = None, timeout: Seconds = None, extra_body: Body = None, **fields: Any
     ) -> AsyncChunkStream[Chunk]: ...
 
     @overload
@@ -57,13 +53,7 @@ class BaseEndpoint(Generic[Whole, Chunk]):
     ) -> Whole: ...
 
     async def _create_async(
-        self,
-        *,
-        stream: bool | None = None,
-        wait: Wait = None,
-        timeout: Seconds = None,
-        extra_body: Body = None,
-        **fields: Any,
+        self, *, stream: Flag = None, wait: Wait = None, timeout: Seconds = None, extra_body: Body = None, **fields: Any
     ) -> Whole | AsyncChunkStream[Chunk]:
         """The answer; or, with stream=True, its chunks as they come, to be read with `async for`."""
         request = self._request({"stream": stream, **fields}, extra_body, wait, timeout)
@@ -76,13 +66,7 @@ class Endpoint(BaseEndpoint[Whole, Chunk]):
 
     @overload
     def create(
-        self,
-        *,
-        stream: Literal[True],
-        wait: Wait = None,
-        timeout: Seconds = None,
-        extra_body: Body = None,
-        **fields: Any,
+        self, *, stream: On, wait: Wait = None, timeout: Seconds = None, extra_body: Body = None, **fields: Any
     ) -> ChunkStream[Chunk]: ...
 
     @overload
@@ -91,13 +75,7 @@ class Endpoint(BaseEndpoint[Whole, Chunk]):
     ) -> Whole: ...
 
     def create(
-        self,
-        *,
-        stream: bool | None = None,
-        wait: Wait = None,
-        timeout: Seconds = None,
-        extra_body: Body = None,
-        **fields: Any,
+        self, *, stream: Flag = None, wait: Wait = None, timeout: Seconds = None, extra_body: Body = None, **fields: Any
     ) -> Whole | ChunkStream[Chunk]:
         """The answer; or, with stream=True, its chunks as they come."""
         request = self._request({"stream": stream, **fields}, extra_body, wait, timeout)
@@ -113,18 +91,16 @@ class AsyncEndpoint(BaseEndpoint[Whole, Chunk]):
     create = BaseEndpoint._create_async
 
 
+ChatEndpoint = Endpoint[schema.ChatCompletion, schema.ChatCompletionChunk]
+AsyncChatEndpoint = AsyncEndpoint[schema.ChatCompletion, schema.ChatCompletionChunk]
+AnyEndpoint = TypeVar("AnyEndpoint", ChatEndpoint, AsyncChatEndpoint)
+
+
 @dataclass(frozen=True)
-class Chat:
+class Chat(Generic[AnyEndpoint]):
     """`chat`."""
 
-    completions: Endpoint[schema.ChatCompletion, schema.ChatCompletionChunk]
-
-
-@dataclass(frozen=True)
-class AsyncChat:
-    """`chat`, for event loops."""
-
-    completions: AsyncEndpoint[schema.ChatCompletion, schema.ChatCompletionChunk]
+    completions: AnyEndpoint
 
 
 class ModelNames:
@@ -220,7 +196,7 @@ class Client(BaseClient):
     __doc__ = BaseClient.__doc__
 
     @cached_property
-    def chat(self) -> Chat:
+    def chat(self) -> Chat[ChatEndpoint]:
         return Chat(Endpoint(self.served, "chat"))
 
     @cached_property
@@ -264,8 +240,8 @@ class AsyncClient(BaseClient):
     """`Client` for event loops: the same options and the same tree, awaited. Making one blocks until it is loaded."""
 
     @cached_property
-    def chat(self) -> AsyncChat:
-        return AsyncChat(AsyncEndpoint(self.served, "chat"))
+    def chat(self) -> Chat[AsyncChatEndpoint]:
+        return Chat(AsyncEndpoint(self.served, "chat"))
 
     @cached_property
     def completions(self) -> AsyncEndpoint[schema.Completion, schema.Completion]:

@@ -88,13 +88,10 @@ class ServedModel:
 
     def health(self) -> Health:
         stats = self.engine.stats()
-        busy = stats.running + stats.waiting > 0
-        status: Literal["ok", "stalled", "stopped"] = "ok"
+        age, busy = stats.heartbeat_age, stats.running + stats.waiting > 0
+        status: Literal["ok", "stalled", "stopped"] = "stalled" if busy and age > STALLED_AFTER else "ok"
         if not self.engine.serving:
             status = "stopped"
-        elif busy and stats.heartbeat_age > STALLED_AFTER:
-            status = "stalled"
-        age = stats.heartbeat_age
         return Health(status=status, heartbeat_age=age, slots=stats.slots, slots_in_use=stats.slots_in_use)
 
     def tokenize(

@@ -30,17 +30,11 @@ MAX_SECONDS = 1e6  # threads cannot wait much longer
 class Request(Generic[Whole, Chunk]):
     """A checked request. Raises what is wrong with its fields; nothing is taken or queued yet.
 
-    salt: prompts share cached blocks only with prompts of the same salt.
+    wait, timeout: as `api.client` has them. salt: prompts share cached blocks only with prompts of the same salt.
     """
 
     def __init__(
-        self,
-        models: Models,
-        endpoint: Endpoint,
-        fields: Mapping[str, Any],
-        wait: Any = None,
-        timeout: Any = None,
-        salt: str = "",
+        self, models: Models, endpoint: Endpoint, fields: Mapping[str, Any], wait: Any, timeout: Any, salt: str = ""
     ) -> None:
         self.model = models.find(fields.get("model"))
         self.arguments = self.model.read(endpoint, fields)

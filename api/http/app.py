@@ -27,10 +27,10 @@ from api.http.metrics import VERSION, Metrics
 from api.http.middleware import AWAY, LOOPBACK, Gate, Keys, Middleware, read_object
 from api.http.openapi import PATHS, document
 from api.http.request_log import RequestLog
-from api.http.retry_after import RetryAfter, SlotsByKey
+from api.http.retry_after import RetryAfter
 from api.models import ServedModel
 from api.schema import Object
-from llama.slots import Seat
+from llama.slots import Seat, Slots
 
 PLAYGROUND = Path(__file__).parent / "playground.html"
 PAGE_HEADERS = {
@@ -62,8 +62,8 @@ class App:
         self.draining = False
         self.limits = limits or HttpLimits()
         self.metrics = Metrics()
-        self._slots = slots
-        self._by_key = SlotsByKey(slots_per_key or slots)
+        self._slots, self._slots_per_key = slots, slots_per_key or slots
+        self._by_key: dict[str, Slots] = {}
         self._retry_after = RetryAfter()
         gate = Gate(Keys(keys, self.limits.keys), None if hosts is None else tuple(hosts), tuple(origins))
         self._middleware = Middleware(self._routes(), gate, self.limits, self._slots_of, self.metrics.finished)
@@ -95,7 +95,7 @@ class App:
         seat: Seat | None = None
         try:
             with translated():
-                seat = self._by_key.get(log.key).acquire()
+                seat = self._slots_of_key(log.key).acquire()
             if not model.engine.slots.in_use:
                 self._retry_after.forget()
             yield
@@ -111,9 +111,13 @@ class App:
         """Those that are loaded."""
         return [] if self.client is None else self.client.served.all()
 
+    def _slots_of_key(self, key: str) -> Slots:
+        """Keys are known ones, so their number is bounded."""
+        return self._by_key.setdefault(key, Slots(self._slots_per_key))
+
     def _slots_of(self, log: RequestLog) -> tuple[int, int, float]:
         """For the headers of an answer: slots, free ones, seconds until one is free."""
-        of_key = self._by_key.get(log.key)
+        of_key = self._slots_of_key(log.key)
         if self.client is None:
             return min(of_key.limit, self._slots), 0, AWAY
         engine = self.client.served.find(log.model).engine

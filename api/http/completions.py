@@ -55,7 +55,9 @@ class Completions:
         fields = await read_object(scope, receive, self.limits)
         if fields.get("model") is None:
             raise missing("model")
-        request: Request[Any, Any] = Request(client.served, self.endpoint, fields, wait=False, salt=log.key)
+        request: Request[Any, Any] = Request(
+            client.served, self.endpoint, fields, wait=False, timeout=None, salt=log.key
+        )
         log.model, log.stream = request.model.name, request.arguments.stream
         with self._seat(log, request.model):
             async with self._watched(log, receive) as interrupt:

@@ -1,4 +1,4 @@
-"""`SlotsByKey`: the slots of each key. `RetryAfter`: when those who found none should come back."""
+"""`RetryAfter`: when those who found no free slot should come back."""
 
 from __future__ import annotations
 
@@ -7,20 +7,8 @@ import time
 from collections.abc import Callable
 
 from api.errors import MAX_RETRY_AFTER, SOON
-from llama.slots import Slots
 
 MAX_EXPECTED = 4096
-
-
-class SlotsByKey:
-    """A gate of `limit` slots for each key; keys are known ones, so their number is bounded."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._slots: dict[str, Slots] = {}
-
-    def get(self, key: str) -> Slots:
-        return self._slots.setdefault(key, Slots(self.limit))
 
 
 class RetryAfter:

@@ -33,8 +33,7 @@ from api.http.limits import HttpLimits
 log = logging.getLogger("api.server")
 
 AT_ONCE = 16  # sockets that are read between two rounds of the event loop
-TICK = 0.1  # seconds between two looks for a reason to end
-TICKS_PER_SWEEP = 5  # a sweep looks at all connections
+TICK = 0.1  # seconds between two looks for a reason to end; every fifth time all connections are looked at, too
 NEW = 1.0  # a connection younger than this may still be on its way through the event loop
 REFUSALS = {
     431: ("The request's headers are too large.", "headers_too_large"),
@@ -131,8 +130,8 @@ class Connection(H11Protocol):
             return
         self._received = True
         super().data_received(data)
-        if self._complete():
-            self.waiting_since = None
+        if self._answering() and not self.cycle.more_body:
+            self.waiting_since = None  # a request is all here
         elif self.waiting_since is None:
             self.waiting_since = self.loop.time()
 
@@ -164,10 +163,6 @@ class Connection(H11Protocol):
 
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
-
-    def _complete(self) -> bool:
-        """Whether a request is all here, and being answered."""
-        return self._answering() and not self.cycle.more_body
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         """Answer in place of the application, and close."""
@@ -238,7 +233,7 @@ class HttpServer(uvicorn.Server):
         """
         ticks = 0
         while (exit_code := self._reason_to_end()) is None:
-            if ticks % TICKS_PER_SWEEP == 0:
+            if ticks % 5 == 0:
                 self._sweep()
             ticks += 1
             await asyncio.sleep(TICK)
@@ -249,10 +244,10 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
 
     def _reason_to_end(self) -> Exit | None:
+        if not self._signals and self.app.failed:
+            log.error("an engine has stopped; nothing more can be served")
+            return Exit.ENGINE_FAILED
         if not self._signals:
-            if self.app.failed:
-                log.error("an engine has stopped; nothing more can be served")
-                return Exit.ENGINE_FAILED
             return None
         now = time.monotonic()
         if self._drain_until is None:

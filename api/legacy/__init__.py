@@ -6,11 +6,12 @@ Without `init` the first call loads the model it names. This client is the only 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from api import schema
-from api.client import Client
+from api.client import Client, Endpoint
 from api.errors import no_such_model
 from llama.errors import ConfigError
 
@@ -56,36 +57,25 @@ def _prepared(fields: dict[str, Any]) -> tuple[Client, dict[str, Any]]:
     return default_client(renamed.get("model")), renamed
 
 
-class ChatCompletion:
-    """chat.completions, as it was called in 2023."""
+class Endpoint2023:
+    """`create` and `acreate` of 2023, for the endpoint that a function picks from the default client."""
 
-    @classmethod
-    def create(cls, **fields: Any) -> Any:
-        """A `schema.ChatCompletion`; with stream=True a `ChunkStream` of its chunks."""
+    def __init__(self, of: Callable[[Client], Endpoint[Any, Any]]) -> None:
+        self._of = of
+
+    def create(self, **fields: Any) -> Any:
+        """The whole answer, an object of `api.schema`; with stream=True a `ChunkStream` of its chunks."""
         client, renamed = _prepared(fields)
-        return client.chat.completions.create(**renamed)
+        return self._of(client).create(**renamed)
 
-    @classmethod
-    async def acreate(cls, **fields: Any) -> Any:
+    async def acreate(self, **fields: Any) -> Any:
         """The same, for event loops."""
         client, renamed = _prepared(fields)
-        return await client.chat.completions.acreate(**renamed)
+        return await self._of(client).acreate(**renamed)
 
 
-class Completion:
-    """completions, as it was called in 2023."""
-
-    @classmethod
-    def create(cls, **fields: Any) -> Any:
-        """A `schema.Completion`; with stream=True a `ChunkStream` of its chunks."""
-        client, renamed = _prepared(fields)
-        return client.completions.create(**renamed)
-
-    @classmethod
-    async def acreate(cls, **fields: Any) -> Any:
-        """The same, for event loops."""
-        client, renamed = _prepared(fields)
-        return await client.completions.acreate(**renamed)
+ChatCompletion = Endpoint2023(lambda client: client.chat.completions)
+Completion = Endpoint2023(lambda client: client.completions)
 
 
 class Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import api
-from api.arguments import EXTENSIONS, OPENAI, TABLE, Action, Arguments, markdown_table, read
+from api.arguments import EXTENSIONS, OPENAI, TABLE, Action, Arguments, read
 from api.checks import Endpoint
 from llama.config import Limits
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from parameter_table import markdown_table
 
 VOCAB = 400
 HUGE = 10**5000  # too long to be printed
