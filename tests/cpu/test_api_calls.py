@@ -6,10 +6,12 @@ import asyncio
 import gc
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -311,6 +313,24 @@ def test_64_threads_and_64_tasks_with_cancellations(client: api.Client) -> None:
     loop = client.served.find().engine._loop
     assert not loop.tracks
     loop.scheduler.check()
+
+
+def test_a_chat_request_takes_a_short_way(client: api.Client) -> None:
+    """Of this package it touches few modules in the caller's thread: no errors, no methods of the answer's objects."""
+    touched = set()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(Path(api.__file__).parent):
+            touched.add(path.stem)
+
+    client.chat.completions.create(messages=MESSAGES, max_tokens=4, temperature=0)
+    sys.setprofile(note)
+    try:
+        client.chat.completions.create(messages=MESSAGES, max_tokens=4, temperature=0)
+    finally:
+        sys.setprofile(None)
+    assert touched == {"client", "request", "models", "arguments", "checks", "answer"}
 
 
 # --- bad input leaves nothing, and others alone ------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 import subprocess
 import sys
@@ -63,6 +64,13 @@ def test_import_is_quick_and_loads_no_torch() -> None:
     assert min(float(seconds) for seconds, _ in results) < 0.5
 
 
+def test_an_embedding_program_loads_nothing_of_the_server() -> None:
+    code = "import sys, api; print({name.partition('.')[0] for name in sys.modules} | set(sys.modules))"
+    loaded = eval(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout)
+    assert "api.client" in loaded
+    assert not {"api.http", "starlette", "uvicorn", "h11", "prometheus_client"} & loaded
+
+
 def test_no_global_state_but_the_default_client() -> None:
     modules = [module for name, module in sys.modules.items() if name == "api" or name.startswith("api.")]
     constants = {
@@ -98,6 +106,7 @@ def test_another_llama_is_not_taken_for_ours(tmp_path: Path) -> None:
 
 
 def test_error_names_of_2023() -> None:
+    assert importlib.import_module("api.error") is api.error
     assert api.error.Timeout is api.APITimeoutError
     assert api.error.PermissionError is api.PermissionDeniedError
     assert issubclass(api.BadRequestError, api.error.InvalidRequestError)
