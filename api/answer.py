@@ -1,7 +1,7 @@
 """`Answer`: what the engine delivers becomes chunks, and the same chunks become one whole answer.
 
-Deltas go in, chunk objects come out; a streamed answer is those chunks, a whole one is folded from them. So the two can
-only be equal. No threads, no I/O, no clock but the one whose readings it is given.
+A streamed answer is those chunks and a whole one is folded from them, so the two can only be equal. No threads, no I/O,
+no clock.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Heading:
 
 @dataclass
 class Progress:
-    """One sequence so far. pending_ids: counted, not yet in a chunk. blank: a chat answer's text has not begun.
+    """One sequence so far. blank: a chat answer's text has not begun. pending_ids: counted, not yet in a chunk.
 
     frame: the JSON before and after the text of its chunks, once it is known.
     """
@@ -185,7 +185,7 @@ class Answer(ABC, Generic[Whole, Chunk]):
         return head
 
     def _hide(self, made: schema.Head) -> None:
-        """What has a value for callers in process only does not count as set, so that it is not on the wire."""
+        """Take off the wire what has a value for callers in process only: it no longer counts as set."""
         if not self._openai:
             made.model_fields_set.discard("ignored_parameters")
         if not self._ids_on_wire:
@@ -357,7 +357,7 @@ class CompletionAnswer(Answer[schema.Completion, schema.Completion]):
 
 
 def merge(deltas: Iterable[Delta]) -> list[Delta]:
-    """Deltas that gathered, as one for each sequence; a slow reader so gets larger chunks, not more of them."""
+    """Deltas that gathered, as one for each sequence: a slow reader gets larger chunks, not more of them."""
     merged: dict[int, Delta] = {}
     for delta in deltas:
         into = merged.get(delta.index)

@@ -1,8 +1,8 @@
 """What a request may say, and what becomes of it: one table, a row for each argument of OpenAI's two endpoints.
 
-An argument is honoured; or ignored, which the answer tells; or refused, where the caller relies on it. `read` sorts the
-fields of a request by the table, from which /openapi.json and docs/parameters.md are made, too. Knows no threads, slots
-or text: prompts and messages are tokenized later.
+An argument is honoured; or ignored, which the answer tells; or refused, where a caller would rely on it. `read` sorts
+the fields of a request by the table. /openapi.json and docs/parameters.md are made from it as well. Knows no threads and
+no slots; prompts and messages are tokenized later.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Row:
     """An argument. kind: what the value may be; None: anything.
 
     note: for docs/parameters.md; "{maximum}" and the like stand for the numbers of the kind's schema.
-    silent: values that ask for nothing, so that they are never told.
+    silent: values that ask for nothing; an ignored argument is not told for them.
     """
 
     name: str

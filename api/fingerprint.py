@@ -2,7 +2,7 @@
 
 It covers weights, configuration, tokenizer, dtype, device, the sources of this project with their tile tables, and the
 versions of the libraries that compute. Equal fingerprint, request and seed: equal tokens. With `batch_invariant=False`
-the last bits may depend on what else is running, so nothing is promised, and the name begins with "fpx_".
+the last bits may depend on what else is running; nothing is promised, and the name begins with "fpx_".
 """
 
 from __future__ import annotations

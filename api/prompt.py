@@ -49,8 +49,8 @@ def from_ids(ids: list[int], tokenizer: Tokenizer, echo: bool) -> Prompt:
 def offsets(prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
     """For each id the character of `prompt.text` where its text begins; never goes back.
 
-    A text prompt was cut at the control tokens that it spells, and the stretches between them were encoded one by one;
-    they are walked the same way here. A prompt of ids is one stretch.
+    A text prompt was encoded stretch by stretch, between the control tokens that it spells; it is walked the same way.
+    A prompt of ids is one stretch.
     """
     if prompt.as_ids:
         return _walk(prompt.ids, vocabulary)[0]

@@ -166,8 +166,7 @@ class Running(Generic[Whole, Chunk]):
 class ChunkReader(Generic[Chunk]):
     """What the two kinds of chunk streams share.
 
-    The slot is held from `create` on. It is given back when the stream is exhausted, closed, fails or is dropped,
-    whether or not it was ever read.
+    The slot is held from `create` on, and given back when the stream is exhausted, closed, failed or dropped.
     """
 
     def __init__(self, running: Running[Any, Chunk]) -> None:

@@ -1,8 +1,8 @@
 """`App`: OpenAI's routes over HTTP, as an ASGI application around one `AsyncClient`.
 
-A request here and a call of the client take the same way: fields, `Request`, `Running`, `Answer`; so their JSON is
-equal. A request holds a slot from the moment its fields are known to be right until its answer is written or its client
-gone. Knows no sockets and no signals (`api.http.uvicorn_server`), and starts no server (`scripts/serve.py`).
+A request here and a call of the client take the same way (fields, `Request`, `Running`, `Answer`), so their JSON is
+equal. A request holds a slot from the check of its fields until its answer is written or its client gone. Knows no
+sockets and no signals (`api.http.uvicorn_server`), and starts no server (`scripts/serve.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The two routes that generate: a request's way from its body to its last byte, streamed or whole.
 
-The slot is held on the whole of that way. The client is watched all the time; when it goes, everything is aborted.
+The slot is held on the whole of that way. The client is watched all the time: when it goes, the request is aborted.
 """
 
 from __future__ import annotations

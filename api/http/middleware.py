@@ -84,8 +84,10 @@ class Keys:
 
 @dataclass(frozen=True)
 class Gate:
-    """Who may come in. hosts: names that the Host header may have; None: any. origins: of browser pages besides our
-    own, for which CORS is switched on."""
+    """Who may come in. hosts: names that the Host header may have; None: any.
+
+    origins: of browser pages besides our own, for which CORS is switched on.
+    """
 
     keys: Keys
     hosts: tuple[str, ...] | None = LOOPBACK

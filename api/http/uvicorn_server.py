@@ -1,8 +1,8 @@
 """`HttpServer`: sockets and signals around an `App`, by uvicorn with the h11 parser.
 
-uvicorn times only idle connections; here half-sent requests, unread answers and crowds are bounded as well. It has no
-options for that. So `Connection` puts a parser of its own into uvicorn's protocol and reads its `cycle`, neither of
-which is a documented interface: pyproject.toml bounds uvicorn's versions on both sides.
+Half-sent requests, unread answers and crowds are bounded here; uvicorn has no options for that and times idle
+connections only. So `Connection` puts its own parser into uvicorn's protocol and reads the protocol's `cycle`. Neither
+is a documented interface, so pyproject.toml bounds uvicorn's versions on both sides.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from api_cases import MESSAGES, PROMPT, error_of, write_model
 
 import api
 import api.legacy
+from llama.config import Limits
 from llama.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +146,15 @@ def test_options_are_checked(folder: Path) -> None:
         api.Client(folder, compat="other")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="special_tags"):
         api.Client(folder, special_tags="other")  # type: ignore[arg-type]
+
+
+def test_limits_reach_the_engine(folder: Path) -> None:
+    limits = Limits(n=2, stop=1)
+    with api.Client(folder, limits=limits) as client:
+        assert client.served.find().engine.limits is limits
+        assert client.completions.create(prompt=PROMPT, n=2, max_tokens=1).choices[1].index == 1
+        assert error_of(client.completions.create, prompt=PROMPT, n=3).message == "'n' is 3: must be from 1 to 2."
+        assert error_of(client.completions.create, prompt=PROMPT, stop=["a", "b"]).param == "stop"
 
 
 def test_client_wide_strictness_tags_and_base_models(folder: Path) -> None:
