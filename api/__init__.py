@@ -7,8 +7,10 @@
 `AsyncClient` is the same for event loops; `ChatCompletion` and `Completion` are the spelling of 2023.
 """
 
+import sys
+
 from api import _floor as _floor
-from api import error, errors
+from api import errors
 from api.client import AsyncClient, Client
 from api.errors import (
     APIConnectionError,
@@ -25,10 +27,11 @@ from api.errors import (
     RateLimitError,
     ServiceUnavailableError,
 )
-from api.legacy import ChatCompletion, Completion, Model, init, shutdown
+from api.legacy import ChatCompletion, Completion, Model, error, init, shutdown
 from llama import __version__ as __version__
 
 __project__ = "llama-slots"  # _floor.py looks for it
+sys.modules["api.error"] = error  # where openai 0.28 has it: `from api.error import Timeout`
 
 __all__ = [
     "APIConnectionError",

@@ -1,7 +1,7 @@
 """`Answer`: what the engine delivers becomes chunks, and the same chunks become one whole answer.
 
-Deltas go in, chunk objects come out; a streamed answer is those chunks, a whole one is folded from them. So the two can
-only be equal. No threads, no I/O, no clock but the one whose readings it is given.
+A streamed answer is those chunks and a whole one is folded from them, so the two can only be equal. No threads, no I/O,
+no clock.
 """
 
 from __future__ import annotations
@@ -13,41 +13,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+from api import schema
 from api.arguments import Arguments
-from api.echo import Prompt
 from api.logprobs import add_prompt, add_tokens, chat_token, extend
-from api.schema import (
-    ChatChoice,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatDelta,
-    ChatLogprobs,
-    ChatMessage,
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionTokensDetails,
-    Explain,
-    FinishReason,
-    PromptTokensDetails,
-    Step,
-    TokenLogprob,
-    Usage,
-)
-from llama.sequence import FinishReason as Finished
-from llama.sequence import TokenLogprobs
+from api.prompt import Prompt
+from llama.sequence import FinishReason, TokenLogprobs
 from llama.stream import Delta, RequestStats
 from llama.tokenizer import Vocabulary
 
 Compat = Literal["openai", "anyscale"]
 MARK = "\0"  # stands for a text that is put in later; nothing else in a chunk can have it
-Whole = TypeVar("Whole", ChatCompletion, Completion)
-Chunk = TypeVar("Chunk", ChatCompletionChunk, Completion)
-
-WithIds = TypeVar("WithIds", ChatChoice, ChatChunkChoice, CompletionChoice)
-WithPromptIds = TypeVar("WithPromptIds", ChatCompletion, ChatCompletionChunk)
-Dressed = TypeVar("Dressed", ChatCompletion, ChatCompletionChunk, Completion)
+Whole = TypeVar("Whole", schema.ChatCompletion, schema.Completion)
+Chunk = TypeVar("Chunk", schema.ChatCompletionChunk, schema.Completion)
+ChatChoice = schema.ChatChoice | schema.ChatChunkChoice
+AnyChoice = ChatChoice | schema.CompletionChoice
 
 
 @dataclass
@@ -67,9 +46,9 @@ class Heading:
 
 @dataclass
 class Progress:
-    """One sequence so far. pending_ids: counted, not yet in a chunk. blank: a chat answer's text has not begun.
+    """One sequence so far. blank: a chat answer's text has not begun. pending_ids: counted, not yet in a chunk.
 
-    frame: what stands before and after the text in the wire form of its chunks, once it is known.
+    frame: the JSON before and after the text of its chunks, once it is known.
     """
 
     prompt: Prompt
@@ -83,6 +62,11 @@ class Progress:
     @property
     def mean_logprob(self) -> float:
         return self.sum_logprobs / max(self.n_tokens, 1)
+
+    def take_ids(self) -> list[int]:
+        """The pending ids, which are then no longer pending."""
+        ids, self.pending_ids = self.pending_ids, []
+        return ids
 
 
 class Answer(ABC, Generic[Whole, Chunk]):
@@ -105,6 +89,7 @@ class Answer(ABC, Generic[Whole, Chunk]):
         self.stats, self.seed = stats, seed
         self._vocabulary = vocabulary
         self._openai = heading.compat == "openai"
+        self._ids_on_wire = self._openai and arguments.return_token_ids
         self._progress = [Progress(prompt) for prompt in prompts for _ in range(arguments.best_of)]
         self._unfinished = len(self._progress)
         self._first = True
@@ -113,8 +98,7 @@ class Answer(ABC, Generic[Whole, Chunk]):
         """The chunks that a delta makes: none, if there is nothing to show yet."""
         progress = self._count(delta)
         progress.pending_ids += delta.token_ids
-        chunks = self._choices(delta, progress)
-        progress.begun = progress.begun or bool(chunks)
+        chunks = [self._chunk([choice]) for choice in self._choices(delta, progress)]
         if delta.finish_reason is not None:
             self._unfinished -= 1
             if not self._unfinished and self.arguments.stream:
@@ -122,50 +106,104 @@ class Answer(ABC, Generic[Whole, Chunk]):
         return chunks
 
     def wire(self, delta: Delta) -> list[str]:
-        """The same chunks as JSON. Most only add text: those are the first such one of their choice with another text,
-        made without any objects, which would cost more than everything else that is done for a streamed token."""
+        """The same chunks as JSON.
+
+        Most chunks only add text. Serialise the first such chunk of a choice once, keep the JSON before and after its
+        text, and splice in new text: building objects per token costs more than all other work.
+        """
         progress, asked = self._progress[delta.index], self.arguments
         plain = progress.begun and delta.text and delta.finish_reason is None
         if not plain or asked.logprobs is not None or asked.return_token_ids:
             return [chunk.to_json() for chunk in self.chunks(delta)]
         if progress.frame is None:
-            (chunk,) = self._choices(Delta(delta.index, [], MARK), progress)
-            before, _, after = chunk.to_json().rpartition(json.dumps(MARK))
+            (choice,) = self._choices(Delta(delta.index, [], MARK), progress)
+            before, _, after = self._chunk([choice]).to_json().rpartition(json.dumps(MARK))
             progress.frame = before, after
         self._count(delta)
         before, after = progress.frame
         return [before + json.dumps(delta.text) + after]
 
-    @abstractmethod
     def whole(self, chunks: Iterable[Chunk]) -> Whole:
         """All chunks of the answer, folded into one object."""
+        parts: list[list[Any]] = [[] for _ in self._progress]
+        for chunk in chunks:
+            for choice in chunk.choices:
+                parts[choice.index].append(choice)
+        choices = [self._folded(index, parts[i]) for index, i in enumerate(self._best())]
+        answer = self._whole({**self._head(choices, first=True), "usage": self.usage})
+        if self.arguments.explain and self._openai:
+            answer.explain = self._explain()
+        self._hide(answer)
+        return answer
 
     @property
-    def usage(self) -> Usage:
+    def usage(self) -> schema.Usage:
         """Of what was delivered until now."""
         n_prompt = sum(len(prompt.ids) for prompt in self.prompts)
         n_answer = sum(progress.n_tokens for progress in self._progress)
-        usage = Usage(prompt_tokens=n_prompt, completion_tokens=n_answer, total_tokens=n_prompt + n_answer)
-        if not self._openai:
-            return usage
-        return usage.set(
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=self.stats.cached_tokens, audio_tokens=0),
-            completion_tokens_details=CompletionTokensDetails(
+        usage = schema.Usage(prompt_tokens=n_prompt, completion_tokens=n_answer, total_tokens=n_prompt + n_answer)
+        if self._openai:
+            usage.prompt_tokens_details = schema.PromptTokensDetails(
+                cached_tokens=self.stats.cached_tokens, audio_tokens=0
+            )
+            usage.completion_tokens_details = schema.CompletionTokensDetails(
                 reasoning_tokens=0, audio_tokens=0, accepted_prediction_tokens=0, rejected_prediction_tokens=0
-            ),
-        )
+            )
+        return usage
+
+    @abstractmethod
+    def _choices(self, delta: Delta, progress: Progress) -> list[Any]:
+        """What a delta adds to its choice, one item for each chunk."""
+
+    @abstractmethod
+    def _folded(self, index: int, parts: list[Any]) -> Any:
+        """A whole choice, from those of the chunks."""
+
+    @abstractmethod
+    def _whole(self, head: dict[str, Any]) -> Whole: ...
+
+    @abstractmethod
+    def _part(self, head: dict[str, Any]) -> Chunk: ...
+
+    def _chunk(self, choices: list[Any]) -> Chunk:
+        chunk = self._part(self._head(choices, self._first))
+        if self._openai and self.arguments.include_usage:
+            chunk.usage = None
+        self._first = False
+        self._hide(chunk)
+        return chunk
+
+    def _head(self, choices: list[Any], first: bool) -> dict[str, Any]:
+        """The fields that answers and chunks have in common. first: with what is said once."""
+        heading, ignored = self.heading, self.arguments.ignored
+        head = {"id": heading.id, "object": "text_completion", "created": heading.created, "model": heading.model}
+        head["choices"] = choices
+        if self._openai:
+            head["system_fingerprint"] = heading.fingerprint
+        if not self._openai or (first and ignored):
+            head["ignored_parameters"] = ignored
+        return head
+
+    def _hide(self, made: schema.Head) -> None:
+        """Take off the wire what has a value for callers in process only: it no longer counts as set."""
+        if not self._openai:
+            made.model_fields_set.discard("ignored_parameters")
+        if not self._ids_on_wire:
+            made.model_fields_set.discard("prompt_token_ids")
+
+    def _add_ids(self, choice: AnyChoice, generated: list[int], prompt: list[int]) -> None:
+        """Token ids: always there as attributes, on the wire where they were asked for."""
+        choice.token_ids, choice.prompt_token_ids = generated, prompt
+        if not self._ids_on_wire:
+            choice.model_fields_set.discard("token_ids")
+        if not (self._ids_on_wire and prompt and isinstance(choice, schema.CompletionChoice)):
+            choice.model_fields_set.discard("prompt_token_ids")
 
     def _count(self, delta: Delta) -> Progress:
         progress = self._progress[delta.index]
         progress.n_tokens += len(delta.token_ids)
         progress.sum_logprobs += sum(entry.logprob for entry in delta.logprobs)
         return progress
-
-    @abstractmethod
-    def _choices(self, delta: Delta, progress: Progress) -> list[Chunk]: ...
-
-    @abstractmethod
-    def _chunk(self, choices: list[Any]) -> Chunk: ...
 
     def _shows(self, delta: Delta) -> bool:
         """Whether a delta needs a chunk: tokens without text do if their ids or logprobs were asked for."""
@@ -175,30 +213,13 @@ class Answer(ABC, Generic[Whole, Chunk]):
     def _end(self, chunks: list[Chunk]) -> None:
         """What comes with, or after, the last chunk of a stream."""
         if not self._openai:
-            chunks[-1].set(usage=self.usage)
+            chunks[-1].usage = self.usage
             return
         if self.arguments.include_usage:
-            chunks.append(self._chunk([]).set(usage=self.usage))
+            chunks.append(self._chunk([]))
+            chunks[-1].usage = self.usage
         if self.arguments.explain:
-            chunks[-1].set(explain=self._explain())
-
-    def _dress(self, made: Dressed, first: bool = True) -> Dressed:
-        """The fields that answers and chunks have in common; first: only then what needs to be said once."""
-        if not self._openai:
-            return made.keep(ignored_parameters=self.arguments.ignored)
-        made.set(system_fingerprint=self.heading.fingerprint)
-        if first and self.arguments.ignored:
-            made.set(ignored_parameters=self.arguments.ignored)
-        return made
-
-    def _head(self) -> dict[str, Any]:
-        return {"id": self.heading.id, "created": self.heading.created, "model": self.heading.model}
-
-    def _ids(self, choice: WithIds, generated: list[int], prompt: list[int]) -> WithIds:
-        """Token ids: always there as attributes, on the wire where they were asked for."""
-        if self._openai and self.arguments.return_token_ids:
-            return choice.set(token_ids=generated).keep(prompt_token_ids=prompt)
-        return choice.keep(token_ids=generated, prompt_token_ids=prompt)
+            chunks[-1].explain = self._explain()
 
     def _best(self) -> list[int]:
         """Which sequences become choices 0, 1, ...: of each prompt's best_of the n of best mean logprob."""
@@ -209,9 +230,9 @@ class Answer(ABC, Generic[Whole, Chunk]):
             best += sorted(group, key=lambda i: -self._progress[i].mean_logprob)[:n] if best_of > n else group
         return best
 
-    def _explain(self) -> Explain:
+    def _explain(self) -> schema.Explain:
         stats = self.stats
-        return Explain(
+        return schema.Explain(
             seed=self.seed,
             queue_ms=_ms(stats.submitted, stats.first_scheduled),
             prefill_ms=_ms(stats.first_scheduled, stats.first_token),
@@ -221,7 +242,7 @@ class Answer(ABC, Generic[Whole, Chunk]):
             cached_tokens=stats.cached_tokens,
             preemptions=stats.preemptions,
             steps=[
-                Step(
+                schema.Step(
                     tokens=step.n_tokens,
                     batch_sequences=step.batch_seqs,
                     batch_tokens=step.batch_tokens,
@@ -232,149 +253,111 @@ class Answer(ABC, Generic[Whole, Chunk]):
         )
 
 
-class ChatAnswer(Answer[ChatCompletion, ChatCompletionChunk]):
+class ChatAnswer(Answer[schema.ChatCompletion, schema.ChatCompletionChunk]):
     """Answers of chat.completions."""
 
-    def whole(self, chunks: Iterable[ChatCompletionChunk]) -> ChatCompletion:
-        parts: list[list[ChatChunkChoice]] = [[] for _ in self._progress]
-        for chunk in chunks:
-            for choice in chunk.choices:
-                parts[choice.index].append(choice)
-        choices = [self._folded(index, parts[i]) for index, i in enumerate(self._best())]
-        kind: Literal["chat.completion", "text_completion"] = "chat.completion" if self._openai else "text_completion"
-        made = self._dress(ChatCompletion(object=kind, choices=choices, usage=self.usage, **self._head()))
-        if self.arguments.explain and self._openai:
-            made.set(explain=self._explain())
-        return self._prompt_ids(made)
-
-    def _folded(self, index: int, parts: list[ChatChunkChoice]) -> ChatChoice:
-        message = ChatMessage(role="assistant", content="".join(part.delta.content or "" for part in parts))
-        choice = ChatChoice(index=index, message=message, finish_reason=parts[-1].finish_reason)
-        if self.arguments.logprobs is not None:
-            content = [token for part in parts if part.logprobs for token in part.logprobs.content]
-            choice.set(logprobs=ChatLogprobs(content=content, refusal=None))
-        elif self._openai:
-            choice.set(logprobs=None)
+    def _whole(self, head: dict[str, Any]) -> schema.ChatCompletion:
         if self._openai:
-            message.set(refusal=None)
-        return self._ids(choice, [i for part in parts for i in part.token_ids], parts[0].prompt_token_ids)
+            head["object"] = "chat.completion"
+        return schema.ChatCompletion(prompt_token_ids=self.prompts[0].ids, **head)
 
-    def _choices(self, delta: Delta, progress: Progress) -> list[ChatCompletionChunk]:
-        made: list[ChatCompletionChunk] = []
+    def _part(self, head: dict[str, Any]) -> schema.ChatCompletionChunk:
+        if self._openai:
+            head["object"] = "chat.completion.chunk"
+        if self._first:
+            head["prompt_token_ids"] = self.prompts[0].ids
+        return schema.ChatCompletionChunk(**head)
+
+    def _folded(self, index: int, parts: list[schema.ChatChunkChoice]) -> schema.ChatChoice:
+        message = schema.ChatMessage(role="assistant", content="".join(part.delta.content or "" for part in parts))
+        if self._openai:
+            message.refusal = None
+        choice = schema.ChatChoice(index=index, message=message, finish_reason=parts[-1].finish_reason)
+        entries = [entry for part in parts if part.logprobs for entry in part.logprobs.content]
+        self._add_logprobs(choice, None if self.arguments.logprobs is None else entries)
+        self._add_ids(choice, [i for part in parts for i in part.token_ids], parts[0].prompt_token_ids)
+        return choice
+
+    def _choices(self, delta: Delta, progress: Progress) -> list[schema.ChatChunkChoice]:
+        choices: list[schema.ChatChunkChoice] = []
         if not progress.begun:
-            opening = ChatDelta(role="assistant", content="")
-            made.append(self._part(delta.index, opening.set(refusal=None) if self._openai else opening, progress))
+            opening = schema.ChatDelta(role="assistant", content="")
+            if self._openai:
+                opening.refusal = None
+            choices.append(self._choice(delta.index, opening, progress))
             progress.begun = True
         if self._shows(delta):
-            part = self._part(delta.index, ChatDelta(content=delta.text), progress)
-            if self.arguments.logprobs is not None:
-                content = [self._token(entry, progress) for entry in delta.logprobs]
-                part.choices[0].set(logprobs=ChatLogprobs(content=content, refusal=None))
-            made.append(part)
+            entries = [self._token(entry, progress) for entry in delta.logprobs]
+            shown = None if self.arguments.logprobs is None else entries
+            choices.append(self._choice(delta.index, schema.ChatDelta(content=delta.text), progress, shown))
         if delta.finish_reason is not None:
-            end = self._part(delta.index, ChatDelta(), progress)
-            end.choices[0].set(finish_reason=_finish_reason(delta))
-            made.append(end)
-        return made
+            choices.append(self._choice(delta.index, schema.ChatDelta(), progress))
+            choices[-1].finish_reason = _finish_reason(delta)
+        return choices
 
-    def _token(self, entry: TokenLogprobs, progress: Progress) -> TokenLogprob:
+    def _choice(
+        self, index: int, delta: schema.ChatDelta, progress: Progress, entries: list[schema.TokenLogprob] | None = None
+    ) -> schema.ChatChunkChoice:
+        choice = schema.ChatChunkChoice(index=index, delta=delta, finish_reason=None)
+        self._add_logprobs(choice, entries)
+        if progress.begun:
+            self._add_ids(choice, progress.take_ids(), [])
+        else:
+            self._add_ids(choice, [], progress.prompt.ids)
+        return choice
+
+    def _add_logprobs(self, choice: ChatChoice, entries: list[schema.TokenLogprob] | None) -> None:
+        if entries is not None:
+            choice.logprobs = schema.ChatLogprobs(content=entries, refusal=None)
+        elif self._openai:
+            choice.logprobs = None
+
+    def _token(self, entry: TokenLogprobs, progress: Progress) -> schema.TokenLogprob:
         shown = chat_token(entry, self._vocabulary, progress.blank)
         progress.blank = progress.blank and entry.token_id in self._vocabulary.blank
         return shown
 
-    def _part(self, index: int, delta: ChatDelta, progress: Progress) -> ChatCompletionChunk:
-        choice = ChatChunkChoice(index=index, delta=delta, finish_reason=None)
-        if self._openai:
-            choice.set(logprobs=None)
-        first = not progress.begun
-        ids: list[int] = []
-        if not first:
-            ids, progress.pending_ids = progress.pending_ids, ids
-        return self._chunk([self._ids(choice, ids, progress.prompt.ids if first else [])])
 
-    def _chunk(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
-        kind: Literal["chat.completion.chunk", "text_completion"] = (
-            "chat.completion.chunk" if self._openai else "text_completion"
-        )
-        made = self._dress(ChatCompletionChunk(object=kind, choices=choices, **self._head()), self._first)
-        if self._first:
-            self._prompt_ids(made)
-        if self._openai and self.arguments.include_usage:
-            made.set(usage=None)
-        self._first = False
-        return made
-
-    def _prompt_ids(self, made: WithPromptIds) -> WithPromptIds:
-        if self._openai and self.arguments.return_token_ids:
-            return made.set(prompt_token_ids=self.prompts[0].ids)
-        return made.keep(prompt_token_ids=self.prompts[0].ids)
-
-
-class CompletionAnswer(Answer[Completion, Completion]):
+class CompletionAnswer(Answer[schema.Completion, schema.Completion]):
     """Answers of completions: whole and chunk have the same shape."""
 
-    def whole(self, chunks: Iterable[Completion]) -> Completion:
-        parts: list[list[CompletionChoice]] = [[] for _ in self._progress]
-        for chunk in chunks:
-            for choice in chunk.choices:
-                parts[choice.index].append(choice)
-        choices = [self._folded(index, parts[i]) for index, i in enumerate(self._best())]
-        made = Completion(object="text_completion", choices=choices, usage=self.usage, **self._head())
-        if self.arguments.explain and self._openai:
-            made.set(explain=self._explain())
-        return self._dress(made)
+    def _whole(self, head: dict[str, Any]) -> schema.Completion:
+        return schema.Completion(**head)
 
-    def _folded(self, index: int, parts: list[CompletionChoice]) -> CompletionChoice:
+    _part = _whole
+
+    def _folded(self, index: int, parts: list[schema.CompletionChoice]) -> schema.CompletionChoice:
         logprobs = parts[0].logprobs
         if logprobs is not None and self.arguments.logprobs is not None:
             for part in parts[1:]:
                 extend(logprobs, part.logprobs)
-        choice = CompletionChoice(
-            text="".join(part.text for part in parts),
-            index=index,
-            logprobs=logprobs,
-            finish_reason=parts[-1].finish_reason,
-        )
-        ids = [i for part in parts for i in part.token_ids]
-        return self._with_ids(choice, ids, parts[0].prompt_token_ids)
+        text, reason = "".join(part.text for part in parts), parts[-1].finish_reason
+        choice = schema.CompletionChoice(text=text, index=index, logprobs=logprobs, finish_reason=reason)
+        self._add_ids(choice, [i for part in parts for i in part.token_ids], parts[0].prompt_token_ids)
+        return choice
 
-    def _choices(self, delta: Delta, progress: Progress) -> list[Completion]:
+    def _choices(self, delta: Delta, progress: Progress) -> list[schema.CompletionChoice]:
         first, arguments = not progress.begun, self.arguments
         echo = arguments.echo and first
         if not (echo or self._shows(delta) or delta.finish_reason is not None):
             return []
-        logprobs: CompletionLogprobs | None = None if self._openai else CompletionLogprobs()
+        logprobs: schema.CompletionLogprobs | None = None if self._openai else schema.CompletionLogprobs()
         if arguments.logprobs is not None:
-            logprobs = CompletionLogprobs(tokens=[], token_logprobs=[], text_offset=[])
-            logprobs.set(top_logprobs=[] if arguments.logprobs else None)
+            logprobs = schema.CompletionLogprobs(tokens=[], token_logprobs=[], text_offset=[])
+            logprobs.top_logprobs = [] if arguments.logprobs else None
             if echo:
                 add_prompt(logprobs, progress.prompt, delta.prompt_logprobs or [], self._vocabulary)
             add_tokens(logprobs, delta, len(progress.prompt.text) if arguments.echo else 0, self._vocabulary)
-        choice = CompletionChoice(
-            text=progress.prompt.text + delta.text if echo else delta.text,
-            index=delta.index,
-            logprobs=logprobs,
-            finish_reason=_finish_reason(delta),
-        )
-        ids, progress.pending_ids = progress.pending_ids, []
-        return [self._chunk([self._with_ids(choice, ids, progress.prompt.ids if first else [])])]
-
-    def _chunk(self, choices: list[CompletionChoice]) -> Completion:
-        made = self._dress(Completion(object="text_completion", choices=choices, **self._head()), self._first)
-        if self._openai and self.arguments.include_usage:
-            made.set(usage=None)
-        self._first = False
-        return made
-
-    def _with_ids(self, choice: CompletionChoice, generated: list[int], prompt: list[int]) -> CompletionChoice:
-        self._ids(choice, generated, prompt)
-        if prompt and self._openai and self.arguments.return_token_ids:
-            choice.set(prompt_token_ids=prompt)
-        return choice
+        text = progress.prompt.text + delta.text if echo else delta.text
+        reason = _finish_reason(delta)
+        choice = schema.CompletionChoice(text=text, index=delta.index, logprobs=logprobs, finish_reason=reason)
+        self._add_ids(choice, progress.take_ids(), progress.prompt.ids if first else [])
+        progress.begun = True
+        return [choice]
 
 
 def merge(deltas: Iterable[Delta]) -> list[Delta]:
-    """Deltas that gathered, as one for each sequence; a slow reader so gets larger chunks, not more of them."""
+    """Deltas that gathered, as one for each sequence: a slow reader gets larger chunks, not more of them."""
     merged: dict[int, Delta] = {}
     for delta in deltas:
         into = merged.get(delta.index)
@@ -391,10 +374,10 @@ def merge(deltas: Iterable[Delta]) -> list[Delta]:
     return list(merged.values())
 
 
-def _finish_reason(delta: Delta) -> FinishReason | None:
+def _finish_reason(delta: Delta) -> schema.FinishReason | None:
     if delta.finish_reason is None:
         return None
-    return "length" if delta.finish_reason is Finished.LENGTH else "stop"
+    return "length" if delta.finish_reason is FinishReason.LENGTH else "stop"
 
 
 def _ms(start: float | None, end: float | None) -> float | None:

@@ -1,20 +1,40 @@
 """What a request may say, and what becomes of it: one table, a row for each argument of OpenAI's two endpoints.
 
-An argument is honoured; or ignored, which the answer then tells; or refused, when dropping it would break what the
-caller expects. `read` sorts the fields of a request by the table, and checks every value before anything is allocated.
-Knows nothing of threads, slots or text: prompts and messages are tokenized later.
+An argument is honoured; or ignored, which the answer tells; or refused, where a caller would rely on it. `read` sorts
+the fields of a request by the table. /openapi.json and docs/parameters.md are made from it as well. Knows no threads
+and no slots; prompts and messages are tokenized later.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from api import checks
-from api.checks import MAX_INTEGER, Check, Context, Endpoint, asks_nothing, boolean, integer, missing, number
+from api.checks import (
+    BOOLEAN,
+    MAX_INTEGER,
+    STRING,
+    Biases,
+    ByEndpoint,
+    Context,
+    Endpoint,
+    Integer,
+    Kind,
+    Messages,
+    Number,
+    Only,
+    Prompts,
+    ResponseFormat,
+    StopStrings,
+    StreamOptions,
+    TokenIds,
+    asks_nothing,
+    missing,
+)
 from api.errors import BadRequestError, bad_value
 from llama.config import Limits
 from llama.errors import InvalidRequest
@@ -33,15 +53,19 @@ class Action(StrEnum):
 
 
 @dataclass(frozen=True)
-class Argument:
-    """A row of the table. check: for honoured and refused ones. silent: values that ask for nothing, so never told."""
+class Row:
+    """An argument. kind: what the value may be; None: anything.
+
+    note: for docs/parameters.md; "{maximum}" and the like stand for the numbers of the kind's schema.
+    silent: values that ask for nothing; an ignored argument is not told for them.
+    """
 
     name: str
     endpoints: tuple[Endpoint, ...]
-    action: Action
-    default: str
-    note: str
-    check: Check | None = None
+    default: str = "none"
+    kind: Kind | None = None
+    note: str = ""
+    action: Action = Action.HONOURED
     silent: tuple[Any, ...] = ()
 
 
@@ -71,88 +95,79 @@ class Arguments:
 
 
 BOTH, CHAT, COMPLETIONS = ENDPOINTS, ENDPOINTS[:1], ENDPOINTS[1:]
-H, R, X = Action.HONOURED, Action.IGNORED, Action.REFUSED
+IGNORED, REFUSED = Action.IGNORED, Action.REFUSED
+RANGE = "{minimum} to {maximum}"
+# Zero tokens make sense where the prompt is echoed and scored.
+MAX_TOKENS = ByEndpoint(chat=Integer(1, MAX_INTEGER), completions=Integer(0, MAX_INTEGER))
+LOGPROBS = ByEndpoint(chat=BOOLEAN, completions=Integer(0, "completion_logprobs"))
+NO_FORCED_TOOLS = Only(("none", "auto"), "Tools cannot be required: this model makes no tool calls.", or_nothing=False)
+NO_INFILLING = Only((), "'suffix' is not supported by this model.")
+TEXT_ONLY = Only((["text"],), "Only the modality 'text' is supported by this model.")
 
-OPENAI: tuple[Argument, ...] = (
-    Argument("model", BOTH, H, "none", "served name or alias; may be left out in process", checks.string),
-    Argument(
-        "messages", CHAT, H, "required", "text only; system, then user and assistant in turn", checks.message_list
-    ),
-    Argument("prompt", COMPLETIONS, H, "required", "text, ids, or a list of either", checks.prompts),
-    Argument(
-        "max_tokens", BOTH, H, "chat: rest of the context; completions: 16", "cut to the context", checks.max_tokens
-    ),
-    Argument("max_completion_tokens", CHAT, H, "none", "the same; both given must be equal", checks.max_tokens),
-    Argument("temperature", BOTH, H, "1", "0 to 2; below 0.0001 is greedy", number(0, 2)),
-    Argument("top_p", BOTH, H, "1", "0 to 1; the token that crosses it stays in", number(0, 1)),
-    Argument("n", BOTH, H, "1", "1 to 8; choice j is the same for any n", integer(1, "n")),
-    Argument("best_of", COMPLETIONS, H, "n", "n to 8, by mean logprob; not with stream", integer(1, "n")),
-    Argument("seed", BOTH, H, "fresh", "64 bits; decides every draw", integer(-(1 << 63), (1 << 63) - 1)),
-    Argument("stop", BOTH, H, "none", "up to 4 strings of 1 to 256 characters", checks.stop_strings),
-    Argument("presence_penalty", BOTH, H, "0", "-2 to 2, on generated tokens", number(-2, 2)),
-    Argument("frequency_penalty", BOTH, H, "0", "-2 to 2, on generated tokens", number(-2, 2)),
-    Argument("logit_bias", BOTH, H, "none", "token id to -100..100, up to 1,024 of them", checks.biases),
-    Argument(
-        "logprobs", BOTH, H, "chat: false; completions: none", "chat: boolean; completions: 0 to 5", checks.logprobs
-    ),
-    Argument("top_logprobs", CHAT, H, "0", "0 to 20; needs logprobs", integer(0, "logprobs")),
-    Argument("echo", COMPLETIONS, H, "false", "with logprobs: those of the prompt too", boolean),
-    Argument("stream", BOTH, H, "false", "chunks as they come", boolean),
-    Argument(
-        "stream_options", BOTH, H, "none", "include_usage; other keys are ignored, and told", checks.stream_options
-    ),
-    Argument(
-        "response_format", CHAT, H, "text", "text; JSON is refused without the extra `guided`", checks.response_format
-    ),
-    Argument("suffix", COMPLETIONS, X, "none", "the model cannot fill in", checks.nothing),
-    Argument("tools", CHAT, R, "none", "the model makes no tool calls"),
-    Argument("functions", CHAT, R, "none", "the model makes no tool calls"),
-    Argument("parallel_tool_calls", CHAT, R, "none", "the model makes no tool calls", silent=(True,)),
-    Argument("tool_choice", CHAT, R, "none", "none, auto; anything else is refused", checks.free_choice),
-    Argument("function_call", CHAT, R, "none", "none, auto; anything else is refused", checks.free_choice),
-    Argument("modalities", CHAT, H, "text", "text; anything else is refused", checks.text_only),
-    Argument("audio", CHAT, R, "none", ""),
-    Argument("user", BOTH, R, "none", ""),
-    Argument("metadata", CHAT, R, "none", ""),
-    Argument("store", CHAT, R, "false", "nothing is stored"),
-    Argument("moderation", CHAT, R, "none", ""),
-    Argument("prediction", CHAT, R, "none", ""),
-    Argument("service_tier", CHAT, R, "auto", "", silent=("auto", "default")),
-    Argument("safety_identifier", CHAT, R, "none", ""),
-    Argument("prompt_cache_key", CHAT, R, "none", "equal prompt starts are found without it"),
-    Argument("prompt_cache_retention", CHAT, R, "none", ""),
-    Argument("prompt_cache_options", CHAT, R, "none", ""),
-    Argument("reasoning_effort", CHAT, R, "none", "", silent=("none",)),
-    Argument("verbosity", CHAT, R, "medium", "", silent=("medium",)),
-    Argument("web_search_options", CHAT, R, "none", ""),
+OPENAI: tuple[Row, ...] = (
+    Row("model", BOTH, "none", STRING, "served name or alias; may be left out in process"),
+    Row("messages", CHAT, "required", Messages(), "text only; system, then user and assistant in turn"),
+    Row("prompt", COMPLETIONS, "required", Prompts(), "text, ids, or a list of either"),
+    Row("max_tokens", BOTH, "chat: rest of the context; completions: 16", MAX_TOKENS, "cut to the context"),
+    Row("max_completion_tokens", CHAT, "none", MAX_TOKENS, "the same; both given must be equal"),
+    Row("temperature", BOTH, "1", Number(0, 2), f"{RANGE}; below 0.0001 is greedy"),
+    Row("top_p", BOTH, "1", Number(0, 1), f"{RANGE}; the token that crosses it stays in"),
+    Row("n", BOTH, "1", Integer(1, "n"), f"{RANGE}; choice j is the same for any n"),
+    Row("best_of", COMPLETIONS, "n", Integer(1, "n"), "n to {maximum}, by mean logprob; not with stream"),
+    Row("seed", BOTH, "fresh", Integer(-(1 << 63), (1 << 63) - 1), "64 bits; decides every draw"),
+    Row("stop", BOTH, "none", StopStrings(), "up to {maxItems} strings of {minLength} to {maxLength} characters"),
+    Row("presence_penalty", BOTH, "0", Number(-2, 2), f"{RANGE}, on generated tokens"),
+    Row("frequency_penalty", BOTH, "0", Number(-2, 2), f"{RANGE}, on generated tokens"),
+    Row("logit_bias", BOTH, "none", Biases(), "token id to {minimum}..{maximum}, up to {maxProperties:,} of them"),
+    Row("logprobs", BOTH, "chat: false; completions: none", LOGPROBS, f"chat: boolean; completions: {RANGE}"),
+    Row("top_logprobs", CHAT, "0", Integer(0, "logprobs"), f"{RANGE}; needs logprobs"),
+    Row("echo", COMPLETIONS, "false", BOOLEAN, "with logprobs: those of the prompt too"),
+    Row("stream", BOTH, "false", BOOLEAN, "chunks as they come"),
+    Row("stream_options", BOTH, "none", StreamOptions(), "include_usage; other keys are ignored, and told"),
+    Row("response_format", CHAT, "text", ResponseFormat(), "text; JSON is refused without the extra `guided`"),
+    Row("suffix", COMPLETIONS, "none", NO_INFILLING, "the model cannot fill in", action=REFUSED),
+    Row("tools", CHAT, note="the model makes no tool calls", action=IGNORED),
+    Row("functions", CHAT, note="the model makes no tool calls", action=IGNORED),
+    Row("parallel_tool_calls", CHAT, note="the model makes no tool calls", action=IGNORED, silent=(True,)),
+    Row("tool_choice", CHAT, "none", NO_FORCED_TOOLS, "none, auto; anything else is refused", action=IGNORED),
+    Row("function_call", CHAT, "none", NO_FORCED_TOOLS, "none, auto; anything else is refused", action=IGNORED),
+    Row("modalities", CHAT, "text", TEXT_ONLY, "text; anything else is refused"),
+    Row("audio", CHAT, action=IGNORED),
+    Row("user", BOTH, action=IGNORED),
+    Row("metadata", CHAT, action=IGNORED),
+    Row("store", CHAT, "false", note="nothing is stored", action=IGNORED),
+    Row("moderation", CHAT, action=IGNORED),
+    Row("prediction", CHAT, action=IGNORED),
+    Row("service_tier", CHAT, "auto", action=IGNORED, silent=("auto", "default")),
+    Row("safety_identifier", CHAT, action=IGNORED),
+    Row("prompt_cache_key", CHAT, note="equal prompt starts are found without it", action=IGNORED),
+    Row("prompt_cache_retention", CHAT, action=IGNORED),
+    Row("prompt_cache_options", CHAT, action=IGNORED),
+    Row("reasoning_effort", CHAT, action=IGNORED, silent=("none",)),
+    Row("verbosity", CHAT, "medium", action=IGNORED, silent=("medium",)),
+    Row("web_search_options", CHAT, action=IGNORED),
 )
 
-EXTENSIONS: tuple[Argument, ...] = (
-    Argument("top_k", BOTH, H, "-1", "-1 or 0: off; else only the k best", integer(-1, MAX_INTEGER)),
-    Argument("min_p", BOTH, H, "0", "0 to 1, relative to the best token", number(0, 1)),
-    Argument("repetition_penalty", BOTH, H, "1", "up to 10, on prompt and generated tokens", number(0, 10, above=True)),
-    Argument("ignore_eos", BOTH, H, "false", "EOS does not end the answer", boolean),
-    Argument("min_tokens", BOTH, H, "0", "until then nothing but max_tokens ends it", integer(0, MAX_INTEGER)),
-    Argument("stop_token_ids", BOTH, H, "none", "up to 128 ids that end it", checks.token_ids),
-    Argument("return_token_ids", BOTH, H, "false", "adds token_ids and prompt_token_ids", boolean),
-    Argument("explain", BOTH, H, "false", "adds times, steps and counts of this request", boolean),
-    Argument("strict", BOTH, H, "false", "refuse what would be ignored", boolean),
-    Argument("add_special_tokens", COMPLETIONS, H, "true", "a BOS in front of a text prompt", boolean),
-    Argument("parse_special", COMPLETIONS, H, "true", "`<s>` and `</s>` in a text prompt are control tokens", boolean),
+EXTENSIONS: tuple[Row, ...] = (
+    Row("top_k", BOTH, "-1", Integer(-1, MAX_INTEGER), "-1 or 0: off; else only the k best"),
+    Row("min_p", BOTH, "0", Number(0, 1), f"{RANGE}, relative to the best token"),
+    Row("repetition_penalty", BOTH, "1", Number(0, 10, above=True), "up to {maximum}, on prompt and generated tokens"),
+    Row("ignore_eos", BOTH, "false", BOOLEAN, "EOS does not end the answer"),
+    Row("min_tokens", BOTH, "0", Integer(0, MAX_INTEGER), "until then nothing but max_tokens ends it"),
+    Row("stop_token_ids", BOTH, "none", TokenIds(), "up to {maxItems} ids that end it"),
+    Row("return_token_ids", BOTH, "false", BOOLEAN, "adds token_ids and prompt_token_ids"),
+    Row("explain", BOTH, "false", BOOLEAN, "adds times, steps and counts of this request"),
+    Row("strict", BOTH, "false", BOOLEAN, "refuse what would be ignored"),
+    Row("add_special_tokens", COMPLETIONS, "true", BOOLEAN, "a BOS in front of a text prompt"),
+    Row("parse_special", COMPLETIONS, "true", BOOLEAN, "`<s>` and `</s>` in a text prompt are control tokens"),
 )
 
-TABLE: dict[Endpoint, dict[str, Argument]] = {
+TABLE: dict[Endpoint, dict[str, Row]] = {
     endpoint: {row.name: row for row in (*OPENAI, *EXTENSIONS) if endpoint in row.endpoints} for endpoint in ENDPOINTS
 }
-
-
-def markdown_table(rows: Sequence[Argument]) -> str:
-    """The table as the README shows it."""
-    lines = ["| parameter | endpoints | default | what becomes of it | |", "|---|---|---|---|---|"]
-    for row in rows:
-        where = "both" if row.endpoints == BOTH else row.endpoints[0]
-        lines.append(f"| `{row.name}` | {where} | {row.default} | {row.action} | {row.note} |")
-    return "\n".join(lines)
+# Arguments that the engine, or `Arguments`, takes as they are, under the same name.
+SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingParams) if any(f.name in rows for rows in TABLE.values()))
+AS_GIVEN = ("model", "messages", "echo", "stream", "return_token_ids", "explain", "add_special_tokens", "parse_special")
 
 
 def read(
@@ -172,7 +187,7 @@ def read(
             if not asks_nothing(value):
                 ignored.append(str(name))
             continue
-        checked = row.check(name, value, context) if row.check else value
+        checked = row.kind.check(name, value, context) if row.kind else value
         if row.action is Action.HONOURED:
             given[name] = checked
         elif row.action is Action.IGNORED and not asks_nothing(value) and value not in row.silent:
@@ -180,9 +195,8 @@ def read(
     ignored += _ignored_inside(given)
     if ignored and (strict or given.get("strict")):
         raise _unknown(ignored[0])
-    arguments = _collect(endpoint, given, context)
-    arguments.ignored = sorted({name for name in ignored if SAFE_NAME.fullmatch(name)})[: limits.reported_names]
-    return arguments
+    told = sorted({name for name in ignored if SAFE_NAME.fullmatch(name)})[: limits.reported_names]
+    return _collect(endpoint, given, limits, told)
 
 
 def _ignored_inside(given: Mapping[str, Any]) -> list[str]:
@@ -200,43 +214,34 @@ def _unknown(name: str) -> BadRequestError:
     return BadRequestError(message, param=safe, code="unknown_parameter")
 
 
-def _collect(endpoint: Endpoint, given: dict[str, Any], context: Context) -> Arguments:
-    """Defaults, and the rules between fields."""
+def _collect(endpoint: Endpoint, given: dict[str, Any], limits: Limits, ignored: list[str]) -> Arguments:
+    """The rules between fields, and what follows from several of them."""
     required = "messages" if endpoint == "chat" else "prompt"
     if required not in given:
         raise missing(required)
-    n = given.get("n", 1)
+    n, stream = given.get("n", 1), given.get("stream", False)
     best_of = given.get("best_of", n)
-    stream = given.get("stream", False)
     if best_of < n:
         raise bad_value("best_of", best_of, f"must be at least n={n}")
     if stream and best_of > n:
         raise BadRequestError("'best_of' above n cannot be streamed.", param="best_of")
     count = len(given.get("prompt", [None])) * best_of
-    if count > context.limits.sequences:
+    if count > limits.sequences:
         param = "best_of" if best_of > n else "n"
-        raise bad_value(param, best_of, f"prompts x {param} may be at most {context.limits.sequences}, not {count}")
+        raise bad_value(param, best_of, f"prompts x {param} may be at most {limits.sequences}, not {count}")
     if "stream_options" in given and not stream:
         raise BadRequestError("'stream_options' needs stream=true.", param="stream_options")
-    count_logprobs = _logprobs(endpoint, given)
-    echo = given.get("echo", False)
-    options = given.get("stream_options", {})
+    logprobs = _logprobs(endpoint, given)
     return Arguments(
         endpoint=endpoint,
-        params=_sampling(endpoint, given, count_logprobs, echo, best_of > n),
-        model=given.get("model"),
-        messages=given.get("messages", []),
+        params=_sampling(endpoint, given, logprobs, ranked=best_of > n),
         prompts=given.get("prompt", []),
         n=n,
         best_of=best_of,
-        echo=echo,
-        logprobs=count_logprobs,
-        stream=stream,
-        include_usage=bool(options.get("include_usage")),
-        return_token_ids=given.get("return_token_ids", False),
-        explain=given.get("explain", False),
-        add_special_tokens=given.get("add_special_tokens", True),
-        parse_special=given.get("parse_special", True),
+        logprobs=logprobs,
+        include_usage=bool(given.get("stream_options", {}).get("include_usage")),
+        ignored=ignored,
+        **{name: given[name] for name in AS_GIVEN if name in given},
     )
 
 
@@ -252,39 +257,26 @@ def _logprobs(endpoint: Endpoint, given: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _max_tokens(endpoint: Endpoint, given: Mapping[str, Any], echo: bool) -> int | None:
+def _max_tokens(endpoint: Endpoint, given: Mapping[str, Any]) -> int | None:
     both = [given[name] for name in ("max_tokens", "max_completion_tokens") if name in given]
     if len(both) == 2 and both[0] != both[1]:
         message = "'max_tokens' and 'max_completion_tokens' mean the same here, and differ."
         raise BadRequestError(message, param="max_completion_tokens")
     if not both:
         return 16 if endpoint == "completions" else None
-    if both[0] == 0 and not echo:
+    if both[0] == 0 and not given.get("echo"):
         raise bad_value("max_tokens", 0, "must be at least 1, or echo=true")
     return both[0]
 
 
-def _sampling(
-    endpoint: Endpoint, given: Mapping[str, Any], count_logprobs: int | None, echo: bool, ranked: bool
-) -> SamplingParams:
+def _sampling(endpoint: Endpoint, given: Mapping[str, Any], logprobs: int | None, ranked: bool) -> SamplingParams:
+    """ranked: the sequences are compared by their logprobs, whether or not these are told."""
+    params = {name: given[name] for name in SAMPLING if name in given}
+    params["max_tokens"] = _max_tokens(endpoint, given)
+    params["top_k"] = given.get("top_k") or -1
+    params["logprobs"] = 0 if ranked and logprobs is None else logprobs
+    params["prompt_logprobs"] = logprobs if given.get("echo") else None
     try:
-        return SamplingParams(
-            max_tokens=_max_tokens(endpoint, given, echo),
-            temperature=given.get("temperature", 1.0),
-            top_k=given.get("top_k") or -1,
-            top_p=given.get("top_p", 1.0),
-            min_p=given.get("min_p", 0.0),
-            presence_penalty=given.get("presence_penalty", 0.0),
-            frequency_penalty=given.get("frequency_penalty", 0.0),
-            repetition_penalty=given.get("repetition_penalty", 1.0),
-            logit_bias=given.get("logit_bias", {}),
-            seed=given.get("seed"),
-            stop=given.get("stop", ()),
-            stop_token_ids=given.get("stop_token_ids", ()),
-            ignore_eos=given.get("ignore_eos", False),
-            min_tokens=given.get("min_tokens", 0),
-            logprobs=0 if ranked and count_logprobs is None else count_logprobs,
-            prompt_logprobs=count_logprobs if echo else None,
-        )
+        return SamplingParams(**params)
     except InvalidRequest as error:
         raise bad_value(error.field, error.value, error.limit) from error

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import fields as dataclass_fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, Self, overload
+from typing import Any, Generic, Literal, Self, TypeVar, overload
 
 import llama
+from api import schema
 from api.answer import Chunk, Compat, Whole
-from api.call import AsyncChunkStream, Call, ChunkStream
 from api.checks import Endpoint as EndpointName
 from api.errors import bad_type
-from api.schema import ChatCompletion, ChatCompletionChunk, Completion, Health, Model, ModelList, Text, Tokens
-from api.served import Models, Settings
+from api.models import Models, Settings
+from api.request import AsyncChunkStream, ChunkStream, Request
 from llama.config import EngineConfig, Limits
 
+On = Literal[True]
+Off = Literal[False] | None
+Flag = bool | None
+Wait = float | bool | None
+Seconds = float | None
+Body = Mapping[str, Any] | None
 
-class Caller(Generic[Whole, Chunk]):
-    """One endpoint: chat.completions or completions. Its requests are what `api.arguments` says.
+
+class BaseEndpoint(Generic[Whole, Chunk]):
+    """chat.completions or completions. `api.arguments` says what a request's fields may be.
 
     Never part of the request itself: wait (for a slot: seconds, or True; default: what the client says), timeout
     (seconds for the whole request, then APITimeoutError), extra_body (more fields of the request), extra_headers and
@@ -30,110 +37,70 @@ class Caller(Generic[Whole, Chunk]):
     def __init__(self, models: Models, endpoint: EndpointName) -> None:
         self._models, self._endpoint = models, endpoint
 
-    def _call(
-        self, fields: dict[str, Any], extra_body: Mapping[str, Any] | None, wait: Any, timeout: Any
-    ) -> Call[Whole, Chunk]:
-        if extra_body is not None and not isinstance(extra_body, Mapping):
-            raise bad_type("extra_body", extra_body, "an object")
-        return Call(self._models, self._endpoint, {**fields, **(extra_body or {})}, wait, timeout)
+    def _request(self, fields: dict[str, Any], extra: Body, wait: Wait, timeout: Seconds) -> Request[Whole, Chunk]:
+        if extra is not None and not isinstance(extra, Mapping):
+            raise bad_type("extra_body", extra, "an object")
+        return Request(self._models, self._endpoint, {**fields, **(extra or {})}, wait, timeout)
 
     @overload
     async def _create_async(
-        self,
-        *,
-        stream: Literal[True],
-        wait: float | bool | None = None,
-        timeout: float | None = None,
-        extra_body: Mapping[str, Any] | None = None,
-        **fields: Any,
+        self, *, stream: On, wait: Wait = None, timeout: Seconds = None, extra_body: Body = None, **fields: Any
     ) -> AsyncChunkStream[Chunk]: ...
 
     @overload
     async def _create_async(
-        self,
-        *,
-        stream: Literal[False] | None = None,
-        wait: float | bool | None = None,
-        timeout: float | None = None,
-        extra_body: Mapping[str, Any] | None = None,
-        **fields: Any,
+        self, *, stream: Off = None, wait: Wait = None, timeout: Seconds = None, extra_body: Body = None, **fields: Any
     ) -> Whole: ...
 
     async def _create_async(
-        self,
-        *,
-        stream: bool | None = None,
-        wait: float | bool | None = None,
-        timeout: float | None = None,
-        extra_body: Mapping[str, Any] | None = None,
-        **fields: Any,
+        self, *, stream: Flag = None, wait: Wait = None, timeout: Seconds = None, extra_body: Body = None, **fields: Any
     ) -> Whole | AsyncChunkStream[Chunk]:
         """The answer; or, with stream=True, its chunks as they come, to be read with `async for`."""
-        call = self._call({"stream": stream, **fields}, extra_body, wait, timeout)
-        running = await call.start_async()
-        return AsyncChunkStream(running) if call.arguments.stream else await running.whole_async()
+        request = self._request({"stream": stream, **fields}, extra_body, wait, timeout)
+        running = await request.start_async()
+        return AsyncChunkStream(running) if request.arguments.stream else await running.whole_async()
 
 
-class Endpoint(Caller[Whole, Chunk]):
+class Endpoint(BaseEndpoint[Whole, Chunk]):
     """`create` for threads, `acreate` for event loops."""
 
     @overload
     def create(
-        self,
-        *,
-        stream: Literal[True],
-        wait: float | bool | None = None,
-        timeout: float | None = None,
-        extra_body: Mapping[str, Any] | None = None,
-        **fields: Any,
+        self, *, stream: On, wait: Wait = None, timeout: Seconds = None, extra_body: Body = None, **fields: Any
     ) -> ChunkStream[Chunk]: ...
 
     @overload
     def create(
-        self,
-        *,
-        stream: Literal[False] | None = None,
-        wait: float | bool | None = None,
-        timeout: float | None = None,
-        extra_body: Mapping[str, Any] | None = None,
-        **fields: Any,
+        self, *, stream: Off = None, wait: Wait = None, timeout: Seconds = None, extra_body: Body = None, **fields: Any
     ) -> Whole: ...
 
     def create(
-        self,
-        *,
-        stream: bool | None = None,
-        wait: float | bool | None = None,
-        timeout: float | None = None,
-        extra_body: Mapping[str, Any] | None = None,
-        **fields: Any,
+        self, *, stream: Flag = None, wait: Wait = None, timeout: Seconds = None, extra_body: Body = None, **fields: Any
     ) -> Whole | ChunkStream[Chunk]:
         """The answer; or, with stream=True, its chunks as they come."""
-        call = self._call({"stream": stream, **fields}, extra_body, wait, timeout)
-        running = call.start()
-        return ChunkStream(running) if call.arguments.stream else running.whole()
+        request = self._request({"stream": stream, **fields}, extra_body, wait, timeout)
+        running = request.start()
+        return ChunkStream(running) if request.arguments.stream else running.whole()
 
-    acreate = Caller._create_async
+    acreate = BaseEndpoint._create_async
 
 
-class AsyncEndpoint(Caller[Whole, Chunk]):
+class AsyncEndpoint(BaseEndpoint[Whole, Chunk]):
     """`create` for event loops."""
 
-    create = Caller._create_async
+    create = BaseEndpoint._create_async
 
 
-class Chat:
-    """`chat.completions`."""
-
-    def __init__(self, models: Models) -> None:
-        self.completions: Endpoint[ChatCompletion, ChatCompletionChunk] = Endpoint(models, "chat")
+ChatEndpoint = Endpoint[schema.ChatCompletion, schema.ChatCompletionChunk]
+AsyncChatEndpoint = AsyncEndpoint[schema.ChatCompletion, schema.ChatCompletionChunk]
+AnyEndpoint = TypeVar("AnyEndpoint", ChatEndpoint, AsyncChatEndpoint)
 
 
-class AsyncChat:
-    """`chat.completions`, for event loops."""
+@dataclass(frozen=True)
+class Chat(Generic[AnyEndpoint]):
+    """`chat`."""
 
-    def __init__(self, models: Models) -> None:
-        self.completions: AsyncEndpoint[ChatCompletion, ChatCompletionChunk] = AsyncEndpoint(models, "chat")
+    completions: AnyEndpoint
 
 
 class ModelNames:
@@ -142,10 +109,10 @@ class ModelNames:
     def __init__(self, models: Models) -> None:
         self._models = models
 
-    def list(self) -> ModelList:
-        return ModelList(object="list", data=[served.describe() for served in self._models.all()])
+    def list(self) -> schema.ModelList:
+        return schema.ModelList(object="list", data=[model.describe() for model in self._models.all()])
 
-    def retrieve(self, model: str) -> Model:
+    def retrieve(self, model: str) -> schema.Model:
         """Raises NotFoundError."""
         return self._models.find(model).describe()
 
@@ -156,10 +123,10 @@ class AsyncModelNames:
     def __init__(self, models: Models) -> None:
         self._names = ModelNames(models)
 
-    async def list(self) -> ModelList:
+    async def list(self) -> schema.ModelList:
         return self._names.list()
 
-    async def retrieve(self, model: str) -> Model:
+    async def retrieve(self, model: str) -> schema.Model:
         return self._names.retrieve(model)
 
 
@@ -172,7 +139,7 @@ class BaseClient:
     of 2023. special_tags: what becomes of "[INST]" and the like in messages; "text" lets them through as text.
     chat=False: a base model, whose chat requests are refused. limits: ceilings for one request. progress: show a bar
     while loading. engine_options: fields of `llama.EngineConfig`; an unknown one is a TypeError.
-    Any number of threads, tasks and event loops may call one client.
+    Any number of threads, tasks and event loops may call one client. served: its models, with their engines.
     """
 
     def __init__(
@@ -182,7 +149,7 @@ class BaseClient:
         served_name: str | None = None,
         aliases: Sequence[str] = (),
         slots: int = 30,
-        wait: float | bool | None = None,
+        wait: Wait = None,
         strict: bool = False,
         compat: Compat = "openai",
         special_tags: Literal["refuse", "text"] = "refuse",
@@ -195,7 +162,7 @@ class BaseClient:
             raise ValueError(f"compat={compat!r}: must be 'openai' or 'anyscale'")
         if special_tags not in ("refuse", "text"):
             raise ValueError(f"special_tags={special_tags!r}: must be 'refuse' or 'text'")
-        self._models = Models(Settings(wait, strict, compat, special_tags, chat, limits or Limits()))
+        self.served = Models(Settings(wait, strict, compat, special_tags, chat, limits or Limits()))
         self.load(model, served_name=served_name, aliases=aliases, slots=slots, progress=progress, **engine_options)
 
     def load(
@@ -207,38 +174,38 @@ class BaseClient:
         slots: int = 30,
         progress: bool = False,
         **engine_options: Any,
-    ) -> Model:
+    ) -> schema.Model:
         """Serve one more model, under its own name, with an engine and slots of its own."""
-        known = {field.name for field in dataclass_fields(EngineConfig)}
+        known = sorted(field.name for field in fields(EngineConfig))
         for name in engine_options:
             if name not in known:
-                raise TypeError(f"unknown option {name!r}; options of the engine are {', '.join(sorted(known))}")
+                raise TypeError(f"unknown option {name!r}; options of the engine are {', '.join(known)}")
         config = EngineConfig(slots=slots, **engine_options)
-        return self._models.load(model, served_name, aliases, config, progress).describe()
+        return self.served.load(model, served_name, aliases, config, progress).describe()
 
-    def health(self, model: str | None = None) -> Health:
+    def health(self, model: str | None = None) -> schema.Health:
         """Whether the model is being served. Takes no slot."""
-        return self._models.find(model).health()
+        return self.served.find(model).health()
 
     def stats(self, model: str | None = None) -> llama.EngineStats:
         """Numbers of the model's engine: slots, sequences, blocks, tokens. Takes no slot."""
-        return self._models.find(model).engine.stats()
+        return self.served.find(model).engine.stats()
 
 
 class Client(BaseClient):
     __doc__ = BaseClient.__doc__
 
     @cached_property
-    def chat(self) -> Chat:
-        return Chat(self._models)
+    def chat(self) -> Chat[ChatEndpoint]:
+        return Chat(Endpoint(self.served, "chat"))
 
     @cached_property
-    def completions(self) -> Endpoint[Completion, Completion]:
-        return Endpoint(self._models, "completions")
+    def completions(self) -> Endpoint[schema.Completion, schema.Completion]:
+        return Endpoint(self.served, "completions")
 
     @cached_property
     def models(self) -> ModelNames:
-        return ModelNames(self._models)
+        return ModelNames(self.served)
 
     def tokenize(
         self,
@@ -249,18 +216,18 @@ class Client(BaseClient):
         parse_special: bool = True,
         return_token_strs: bool = False,
         model: str | None = None,
-    ) -> Tokens:
+    ) -> schema.Tokens:
         """The ids that a request with this prompt, or these messages, would have. Takes no slot."""
-        served = self._models.find(model)
-        return served.tokenize(prompt, messages, add_special_tokens, parse_special, return_token_strs)
+        tokenize = self.served.find(model).tokenize
+        return tokenize(prompt, messages, add_special_tokens, parse_special, return_token_strs)
 
-    def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> Text:
+    def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> schema.Text:
         """The text of token ids. Takes no slot."""
-        return self._models.find(model).detokenize(tokens)
+        return self.served.find(model).detokenize(tokens)
 
     def close(self) -> None:
         """End what runs, with an error for its callers, and give all memory back. Again is no harm."""
-        self._models.close()
+        self.served.close()
 
     def __enter__(self) -> Self:
         return self
@@ -273,16 +240,16 @@ class AsyncClient(BaseClient):
     """`Client` for event loops: the same options and the same tree, awaited. Making one blocks until it is loaded."""
 
     @cached_property
-    def chat(self) -> AsyncChat:
-        return AsyncChat(self._models)
+    def chat(self) -> Chat[AsyncChatEndpoint]:
+        return Chat(AsyncEndpoint(self.served, "chat"))
 
     @cached_property
-    def completions(self) -> AsyncEndpoint[Completion, Completion]:
-        return AsyncEndpoint(self._models, "completions")
+    def completions(self) -> AsyncEndpoint[schema.Completion, schema.Completion]:
+        return AsyncEndpoint(self.served, "completions")
 
     @cached_property
     def models(self) -> AsyncModelNames:
-        return AsyncModelNames(self._models)
+        return AsyncModelNames(self.served)
 
     async def tokenize(
         self,
@@ -293,16 +260,16 @@ class AsyncClient(BaseClient):
         parse_special: bool = True,
         return_token_strs: bool = False,
         model: str | None = None,
-    ) -> Tokens:
+    ) -> schema.Tokens:
         """The same."""
-        tokenize = self._models.find(model).tokenize
+        tokenize = self.served.find(model).tokenize
         return await asyncio.to_thread(tokenize, prompt, messages, add_special_tokens, parse_special, return_token_strs)
 
-    async def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> Text:
-        return await asyncio.to_thread(self._models.find(model).detokenize, tokens)
+    async def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> schema.Text:
+        return await asyncio.to_thread(self.served.find(model).detokenize, tokens)
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._models.close)
+        await asyncio.to_thread(self.served.close)
 
     async def __aenter__(self) -> Self:
         return self

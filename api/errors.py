@@ -180,15 +180,12 @@ def from_engine(error: EngineError, prompt_field: str = "prompt") -> APIError:
     prompt_field: what the request calls its prompt, "messages" or "prompt".
     """
     if isinstance(error, ContextLengthExceeded):
-        return BadRequestError(
-            f"{_sentence(str(error).partition(': ')[2])} Please shorten the {prompt_field}.",
-            param=prompt_field,
-            code="context_length_exceeded",
-        )
+        text = str(error).partition(": ")[2]
+        message = f"{text[:1].upper()}{text[1:]}. Please shorten the {prompt_field}."
+        return BadRequestError(message, param=prompt_field, code="context_length_exceeded")
     if isinstance(error, ChatFormatError) and error.field.endswith(".content"):
-        return BadRequestError(
-            f"'{error.field}' holds {shorten(error.value)}: {error.limit}.", param=error.field, code="special_tags"
-        )
+        message = f"'{error.field}' holds {shorten(error.value)}: {error.limit}."
+        return BadRequestError(message, param=error.field, code="special_tags")
     if isinstance(error, InvalidRequest):
         return bad_value(error.field, error.value, error.limit)
     if isinstance(error, SlotsFull):
@@ -219,10 +216,6 @@ def shorten(value: object) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists in lists
         return f"{_json_type(value)} too large to show"
     return shown if len(shown) <= 80 else shown[:77] + "..."
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + "."
 
 
 def _json_type(value: object) -> str:

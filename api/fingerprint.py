@@ -1,8 +1,8 @@
 """`system_fingerprint`: a name for everything that decides which tokens a request gets, but the request itself.
 
-Weights, configuration, tokenizer, dtype, device, our own sources (kernels and tile tables among them), and the versions
-of the libraries that compute. Equal fingerprint, request and seed: equal tokens. With `batch_invariant=False` the last
-bits may depend on what else is running, so nothing is promised, and the name begins with "fpx_".
+It covers weights, configuration, tokenizer, dtype, device, the sources of this project with their tile tables, and the
+versions of the libraries that compute. Equal fingerprint, request and seed: equal tokens. With `batch_invariant=False`
+the last bits may depend on what else is running; nothing is promised, and the name begins with "fpx_".
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def _code() -> bytes:
     digest = hashlib.sha256()
     root = Path(str(llama.__file__)).parents[1]
     for package in ("kernels", "llama"):
-        for path in sorted((root / package).glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
+        for path in sorted(path for path in (root / package).rglob("*") if path.suffix in (".py", ".json")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     for name in ("torch", "triton", "sentencepiece"):
         try:
             digest.update(f"{name}={version(name)};".encode())

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from api.echo import Prompt, offsets
+from api.prompt import Prompt, offsets
 from api.schema import CompletionLogprobs, TokenLogprob, TopLogprob
 from llama.sequence import TokenLogprobs
 from llama.stream import Delta
@@ -33,24 +33,24 @@ def chat_token(entry: TokenLogprobs, vocabulary: Vocabulary, first: bool) -> Tok
 
 
 def add_prompt(
-    made: CompletionLogprobs, prompt: Prompt, entries: Sequence[TokenLogprobs], vocabulary: Vocabulary
+    logprobs: CompletionLogprobs, prompt: Prompt, entries: Sequence[TokenLogprobs], vocabulary: Vocabulary
 ) -> None:
     """An echoed prompt's tokens; entries: of all but the first, which has none, for nothing comes before it."""
-    made.tokens += [vocabulary.names[token_id] for token_id in prompt.ids]
-    made.text_offset += offsets(prompt, vocabulary)
-    made.token_logprobs += [None, *(max(entry.logprob, LOWEST) for entry in entries)]
-    if made.top_logprobs is not None:
-        made.top_logprobs += [None, *(_map(entry, vocabulary) for entry in entries)]
+    logprobs.tokens += [vocabulary.names[token_id] for token_id in prompt.ids]
+    logprobs.text_offset += offsets(prompt, vocabulary)
+    logprobs.token_logprobs += [None, *(max(entry.logprob, LOWEST) for entry in entries)]
+    if logprobs.top_logprobs is not None:
+        logprobs.top_logprobs += [None, *(_map(entry, vocabulary) for entry in entries)]
 
 
-def add_tokens(made: CompletionLogprobs, delta: Delta, base: int, vocabulary: Vocabulary) -> None:
+def add_tokens(logprobs: CompletionLogprobs, delta: Delta, base: int, vocabulary: Vocabulary) -> None:
     """A delta's tokens. base: characters of `text` before the answer's own, those of an echoed prompt."""
     for entry, offset in zip(delta.logprobs, delta.offsets, strict=True):
-        made.tokens.append(vocabulary.names[entry.token_id])
-        made.token_logprobs.append(max(entry.logprob, LOWEST))
-        made.text_offset.append(base + offset)
-        if made.top_logprobs is not None:
-            made.top_logprobs.append(_map(entry, vocabulary))
+        logprobs.tokens.append(vocabulary.names[entry.token_id])
+        logprobs.token_logprobs.append(max(entry.logprob, LOWEST))
+        logprobs.text_offset.append(base + offset)
+        if logprobs.top_logprobs is not None:
+            logprobs.top_logprobs.append(_map(entry, vocabulary))
 
 
 def extend(into: CompletionLogprobs, more: CompletionLogprobs | None) -> None:

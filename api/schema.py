@@ -2,15 +2,14 @@
 
 `to_dict()` and `to_json()` give the wire form: the fields that were set, an explicit null among them. `model_dump()`
 adds the optional fields that were not set. Mapping access (`answer["choices"]`, `delta.get("content", "")`), as in
-2023, sees what the wire sees.
-A field may hold a value without counting as set: then it is an attribute for callers in process, and not on the wire.
+2023, sees what the wire sees. A field that has a value and is not in `model_fields_set` is for callers in process only.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -30,18 +29,6 @@ class Object(BaseModel):
         """The wire form on one line (or indented), ASCII only: some readers take U+2028 and U+0085 for line ends."""
         separators = (",", ":") if indent is None else None
         return json.dumps(self.to_dict(), indent=indent, separators=separators, allow_nan=False)
-
-    def set(self, **fields: Any) -> Self:
-        """Set fields by name; they count as set from now on."""
-        for name, value in fields.items():
-            setattr(self, name, value)
-        return self
-
-    def keep(self, **fields: Any) -> Self:
-        """Give fields a value for callers in process, without putting them on the wire."""
-        self.set(**fields)
-        self.model_fields_set.difference_update(fields)
-        return self
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.model_fields_set:

@@ -72,15 +72,21 @@ class Engine:
     """Loads a model and serves it until `close()`, the end of the `with` block, or the end of the process.
 
     model: a checkpoint folder, "demo" for the one that ships with the project, or a ModelConfig for random weights of
-    that exact shape (no tokenizer: prompts are token ids). The memory plan is logged before anything is allocated.
+    that exact shape (no tokenizer: prompts are token ids). limits: ceilings for one request. The memory plan is logged
+    before anything is allocated.
     Raises ConfigError, LoadError, CheckpointError, TokenizerError.
     """
 
     def __init__(
-        self, model: str | Path | ModelConfig, config: EngineConfig | None = None, *, progress: bool = True
+        self,
+        model: str | Path | ModelConfig,
+        config: EngineConfig | None = None,
+        *,
+        progress: bool = True,
+        limits: Limits | None = None,
     ) -> None:
         self.setup = decide(model, config or EngineConfig())
-        self.limits = Limits()
+        self.limits = limits or Limits()
         log.info("%s", self.setup.memory_plan)
         config = self.setup.config
         self.slots = Slots(config.slots)

@@ -5,7 +5,12 @@ python -m scripts.parameter_table > docs/parameters.md
 
 from __future__ import annotations
 
-from api.arguments import EXTENSIONS, OPENAI, markdown_table
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from api.arguments import ENDPOINTS, EXTENSIONS, OPENAI, Row
+from api.checks import Context
+from llama.config import Limits
 
 HEAD = """# Parameters
 
@@ -23,6 +28,25 @@ def main() -> None:
     print("Extensions, on both endpoints unless said otherwise:")
     print()
     print(markdown_table(EXTENSIONS))
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The table as docs/parameters.md shows it, with the default limits."""
+    lines = ["| parameter | endpoints | default | what becomes of it | |", "|---|---|---|---|---|"]
+    for row in rows:
+        where = "both" if row.endpoints == ENDPOINTS else row.endpoints[0]
+        schema = row.kind.schema(Context(row.endpoints[-1], Limits(), vocab_size=1)) if row.kind else {}
+        note = row.note.format(**dict(_keywords(schema)))
+        lines.append(f"| `{row.name}` | {where} | {row.default} | {row.action} | {note} |")
+    return "\n".join(lines)
+
+
+def _keywords(schema: Any) -> Iterator[tuple[str, Any]]:
+    """The keywords of a JSON Schema and of those inside it."""
+    for name, value in schema.items() if isinstance(schema, dict) else ():
+        yield name, value
+        for inner in value if isinstance(value, list) else [value]:
+            yield from _keywords(inner)
 
 
 if __name__ == "__main__":

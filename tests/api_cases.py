@@ -114,7 +114,7 @@ def scripted(
     client: api.Client | api.AsyncClient, say: Callable[[int, Sequence[int]], Sequence[int]]
 ) -> Iterator[Script]:
     """Let the client's engine, idle before and after, say what it is told."""
-    loop = client._models.find().engine._loop
+    loop = client.served.find().engine._loop
     runner, loop.runner = loop.runner, Script(say)
     try:
         yield loop.runner

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import api
-from api.server import Server
-from api.sockets import HttpServer, listen
+from api.http.app import App
+from api.http.uvicorn_server import HttpServer, listen
 
 
 @dataclass
 class Serving:
     """A server that is being served. http: stop it with `http.stop()`."""
 
-    server: Server
+    app: App
     http: HttpServer
     thread: threading.Thread
     port: int
@@ -38,15 +38,15 @@ class Serving:
 @contextmanager
 def serving(client: api.AsyncClient | None, **options: Any) -> Iterator[Serving]:
     """Serve a client on a free port, until the block ends."""
-    server = Server(client, **options)
-    http = HttpServer(server)
+    app = App(client, **options)
+    http = HttpServer(app)
     sock = listen("127.0.0.1", 0)
     port = sock.getsockname()[1]
     thread = threading.Thread(target=http.run, args=([sock],), name="http")
     thread.start()
     try:
         eventually(lambda: http.started)
-        yield Serving(server, http, thread, port)
+        yield Serving(app, http, thread, port)
     finally:
         http.stop()
         http.stop()

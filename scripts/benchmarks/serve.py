@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import api
-from api.server import Server
-from api.sockets import HttpServer, listen, settle
-from api.visit import EdgeLimits
+from api.http.app import App
+from api.http.limits import HttpLimits
+from api.http.uvicorn_server import HttpServer, listen, settle
 from benchmarks import http_load as load
 from benchmarks.fake_runner import FakeRunner
 from benchmarks.figures import OURS, Figure, Repeats, add_round_arguments, alternate, why_not
@@ -96,7 +96,7 @@ def make_client(options: Options) -> api.AsyncClient:
         os.sched_setaffinity(0, {options.core})
     client = api.AsyncClient(options.model, served_name=NAME, slots=options.slots)
     if options.step is not None:
-        served = client._models.find()
+        served = client.served.find()
         words = [i for i, text in enumerate(served.tokenizer.vocabulary.texts) if text]
         served.engine._loop.runner = FakeRunner(words, options.step)
     settle()  # on both sides of a comparison
@@ -108,10 +108,10 @@ def serve(pipe: Connection, options: Options) -> None:
     allow_sockets()
     client = make_client(options)
     # Everybody connects before the first one speaks, which to a server looks like a crowd of half-sent requests.
-    http = HttpServer(Server(client, slots=options.slots, limits=EdgeLimits(unfinished=2 * SOCKETS)))
+    http = HttpServer(App(client, slots=options.slots, limits=HttpLimits(unfinished=2 * SOCKETS)))
     listening = listen("127.0.0.1", 0)
     listening.listen(SOCKETS)  # so that whoever hears of the port may connect
-    engine = client._models.find().engine
+    engine = client.served.find().engine
     pipe.send((listening.getsockname()[1], engine.max_seq_len, engine.model_config.vocab_size))
 
     def wait() -> None:

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import api
-from api.edge import LOOPBACK, access_log
-from api.server import Server
-from api.sockets import Exit, HttpServer, listen, settle
-from api.visit import EdgeLimits
+from api.http.app import App
+from api.http.limits import HttpLimits
+from api.http.middleware import LOOPBACK, access_log
+from api.http.uvicorn_server import Exit, HttpServer, listen, settle
 from llama.config import EngineConfig
 from llama.errors import EngineError
 
@@ -70,13 +70,13 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     access_log.propagate = False
     try:
         keys = read_keys(options.api_key, options.api_key_file)
-        server = Server(
+        server = App(
             slots=options.slots,
             slots_per_key=options.slots_per_key,
             keys=keys,
             hosts=allowed_hosts(options.host, options.allow_host, bool(keys)),
             origins=options.allow_origin,
-            limits=EdgeLimits(drain=options.drain_seconds, request=options.request_seconds),
+            limits=HttpLimits(drain=options.drain_seconds, request=options.request_seconds),
         )
         socket = listen(options.host, options.port)
     except ValueError as error:
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
 class Loading(threading.Thread):
     """Loads the models while the address already answers 503. ready: called with the first model's name."""
 
-    def __init__(self, options: Options, server: Server, http: HttpServer, ready: Callable[[str], None]) -> None:
+    def __init__(self, options: Options, server: App, http: HttpServer, ready: Callable[[str], None]) -> None:
         super().__init__(name="load", daemon=True)
         self.options, self.server, self.http, self.ready = options, server, http, ready
         self.failed = False
@@ -111,7 +111,7 @@ class Loading(threading.Thread):
             client = self._load()
             settle()
             self.server.client = client
-            self.ready(client._models.find().name)
+            self.ready(client.served.find().name)
         except (EngineError, ValueError) as error:
             print(f"serve: {error}", file=sys.stderr)
         except BaseException as error:
@@ -203,8 +203,8 @@ def parse(argv: list[str] | None, program: str) -> Options:
     service.add_argument(
         "--allow-origin", action="append", default=[], help="a page's origin that may call; repeatable"
     )
-    service.add_argument("--request-seconds", type=float, default=EdgeLimits.request, help="for a whole request")
-    service.add_argument("--drain-seconds", type=float, default=EdgeLimits.drain, help="for running ones at the end")
+    service.add_argument("--request-seconds", type=float, default=HttpLimits.request, help="for a whole request")
+    service.add_argument("--drain-seconds", type=float, default=HttpLimits.drain, help="for running ones at the end")
     service.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
 
     engine = parser.add_argument_group("engine", "fields of EngineConfig, under the same names")

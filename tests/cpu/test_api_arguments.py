@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import api
-from api.arguments import EXTENSIONS, OPENAI, TABLE, Action, Arguments, markdown_table, read
-from api.checks import Endpoint
+from api.arguments import ENDPOINTS, EXTENSIONS, OPENAI, TABLE, Action, Arguments, Row, read
+from api.checks import Context, Endpoint, Integer, Number
 from llama.config import Limits
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from parameter_table import markdown_table
 
 VOCAB = 400
 HUGE = 10**5000  # too long to be printed
@@ -138,9 +143,43 @@ def test_bad_values_are_refused_by_name(endpoint: Endpoint, name: str, value: An
     assert (refusal(endpoint, **{name: value}).param or "").startswith(name)
 
 
+RANGED = [(e, row) for e in ENDPOINTS for row in TABLE[e].values() if isinstance(row.kind, Integer | Number)]
+
+
+@pytest.mark.parametrize(("endpoint", "row"), RANGED, ids=lambda case: getattr(case, "name", case))
+def test_the_schema_has_the_bounds_of_the_check(endpoint: Endpoint, row: Row) -> None:
+    context = Context(endpoint, Limits(n=3, logprobs=7), VOCAB)
+    schema = row.kind.schema(context)  # type: ignore[union-attr]
+    step = 1 if schema["type"] == "integer" else 0.01
+    low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema["maximum"]
+    passing = [high, low if "minimum" in schema else low + step]
+    for value in passing:
+        assert row.kind.check(row.name, value, context) == value  # type: ignore[union-attr]
+    for value in (high + step, low - step if "minimum" in schema else low):
+        with pytest.raises(api.BadRequestError, match=f"'{row.name}'"):
+            row.kind.check(row.name, value, context)  # type: ignore[union-attr]
+
+
+def test_lower_limits_are_obeyed() -> None:
+    limits = Limits(n=2, stop=1, stop_chars=3, stop_token_ids=1, logit_bias=1, logprobs=2, completion_logprobs=1)
+    base = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi"}
+    for endpoint, name, value in [
+        ("chat", "n", 3),
+        ("chat", "stop", ["a", "b"]),
+        ("chat", "stop", "abcd"),
+        ("chat", "stop_token_ids", [5, 6]),
+        ("chat", "logit_bias", {"5": 1, "6": 1}),
+        ("completions", "logprobs", 2),
+        ("chat", "top_logprobs", 3),
+    ]:
+        with pytest.raises(api.BadRequestError) as caught:
+            read(endpoint, {**base, name: value}, vocab_size=VOCAB, limits=limits)  # type: ignore[arg-type]
+        assert caught.value.param == name
+
+
 def test_every_checked_row_has_bad_values() -> None:
     for endpoint, bad in (("chat", BAD | BAD_CHAT), ("completions", BAD | BAD_COMPLETIONS)):
-        checked = {row.name for row in TABLE[endpoint].values() if row.check}  # type: ignore[index]
+        checked = {row.name for row in TABLE[endpoint].values() if row.kind}  # type: ignore[index]
         assert checked - bad.keys() == ({"stream_options"} if endpoint == "completions" else set())
 
 

@@ -6,10 +6,12 @@ import asyncio
 import gc
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -308,9 +310,27 @@ def test_64_threads_and_64_tasks_with_cancellations(client: api.Client) -> None:
     gc.collect()
     eventually(lambda: idle(client))
     eventually(lambda: threading.active_count() <= threads_before)
-    loop = client._models.find().engine._loop
+    loop = client.served.find().engine._loop
     assert not loop.tracks
     loop.scheduler.check()
+
+
+def test_a_chat_request_takes_a_short_way(client: api.Client) -> None:
+    """Of this package it touches few modules in the caller's thread: no errors, no methods of the answer's objects."""
+    touched = set()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(Path(api.__file__).parent):
+            touched.add(path.stem)
+
+    client.chat.completions.create(messages=MESSAGES, max_tokens=4, temperature=0)
+    sys.setprofile(note)
+    try:
+        client.chat.completions.create(messages=MESSAGES, max_tokens=4, temperature=0)
+    finally:
+        sys.setprofile(None)
+    assert touched == {"client", "request", "models", "arguments", "checks", "answer"}
 
 
 # --- bad input leaves nothing, and others alone ------------------------------------------------------------------
@@ -421,7 +441,7 @@ def test_a_failed_step_and_a_dead_engine(folder: Path) -> None:
         assert complete(client).choices, "others go on"
         with scripted(client, lambda index, prompt: [-1]):
             assert error_of(complete, client).code == "nan_logits"
-        loop = client._models.find().engine._loop
+        loop = client.served.find().engine._loop
 
         def die(_: object) -> None:
             raise RuntimeError("a secret")
@@ -430,7 +450,7 @@ def test_a_failed_step_and_a_dead_engine(folder: Path) -> None:
         error = error_of(complete, client)
         assert (error.status_code, error.code) == (503, "engine_failed")
         assert isinstance(error.__cause__, EngineDead)
-        eventually(lambda: not client._models.find().engine.serving)
+        eventually(lambda: not client.served.find().engine.serving)
         assert client.health().status == "stopped"
         assert error_of(complete, client).status_code == 503
 

@@ -15,7 +15,7 @@ import api
 from api.answer import Answer, ChatAnswer, CompletionAnswer, Heading, merge
 from api.arguments import read
 from api.checks import Endpoint
-from api.echo import from_text
+from api.prompt import from_text
 from llama.blocks import BlockPool
 from llama.config import Limits
 from llama.detokenizer import Detokenizer

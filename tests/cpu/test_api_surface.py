@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 import subprocess
 import sys
@@ -10,12 +11,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import api.error
 import pytest
 from api_cases import MESSAGES, PROMPT, error_of, write_model
 
 import api
-import api.error
 import api.legacy
+from llama.config import Limits
 from llama.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -63,20 +65,28 @@ def test_import_is_quick_and_loads_no_torch() -> None:
     assert min(float(seconds) for seconds, _ in results) < 0.5
 
 
+def test_an_embedding_program_loads_nothing_of_the_server() -> None:
+    code = "import sys, api; print({name.partition('.')[0] for name in sys.modules} | set(sys.modules))"
+    loaded = eval(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout)
+    assert "api.client" in loaded
+    assert not {"api.http", "starlette", "uvicorn", "h11", "prometheus_client"} & loaded
+
+
 def test_no_global_state_but_the_default_client() -> None:
     modules = [module for name, module in sys.modules.items() if name == "api" or name.startswith("api.")]
     constants = {
         "api.arguments.TABLE",
-        "api.edge.ENDPOINTS",
-        "api.edge.OPEN",
-        "api.generate.EVENT_STREAM",
-        "api.openapi.ERROR",
-        "api.openapi.FLAG",
-        "api.openapi.PATHS",
-        "api.openapi.REFUSALS",
-        "api.openapi.TABLE",
-        "api.openapi.TEXT",
-        "api.server.PAGE_HEADERS",
+        "api.http.app.PAGE_HEADERS",
+        "api.http.app.PATHS",
+        "api.http.middleware.ENDPOINTS",
+        "api.http.middleware.OPEN",
+        "api.http.openapi.ERROR",
+        "api.http.openapi.PATHS",
+        "api.http.openapi.REFUSALS",
+        "api.http.openapi.TABLE",
+        "api.http.openapi.TEXT",
+        "api.http.openapi.TEXT_OR_NULL",
+        "api.http.uvicorn_server.REFUSALS",
     }
     mutable = {
         f"{module.__name__}.{name}"
@@ -97,6 +107,7 @@ def test_another_llama_is_not_taken_for_ours(tmp_path: Path) -> None:
 
 
 def test_error_names_of_2023() -> None:
+    assert importlib.import_module("api.error") is api.error
     assert api.error.Timeout is api.APITimeoutError
     assert api.error.PermissionError is api.PermissionDeniedError
     assert issubclass(api.BadRequestError, api.error.InvalidRequestError)
@@ -135,6 +146,15 @@ def test_options_are_checked(folder: Path) -> None:
         api.Client(folder, compat="other")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="special_tags"):
         api.Client(folder, special_tags="other")  # type: ignore[arg-type]
+
+
+def test_limits_reach_the_engine(folder: Path) -> None:
+    limits = Limits(n=2, stop=1)
+    with api.Client(folder, limits=limits) as client:
+        assert client.served.find().engine.limits is limits
+        assert client.completions.create(prompt=PROMPT, n=2, max_tokens=1).choices[1].index == 1
+        assert error_of(client.completions.create, prompt=PROMPT, n=3).message == "'n' is 3: must be from 1 to 2."
+        assert error_of(client.completions.create, prompt=PROMPT, stop=["a", "b"]).param == "stop"
 
 
 def test_client_wide_strictness_tags_and_base_models(folder: Path) -> None:

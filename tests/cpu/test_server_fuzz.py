@@ -23,8 +23,8 @@ from server_cases import Raw, Serving, ask, eventually, get, post, serving
 
 import api
 from api.arguments import TABLE, Action
-from api.openapi import PATHS
-from api.visit import EdgeLimits
+from api.http.limits import HttpLimits
+from api.http.openapi import PATHS
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 CANARY = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
@@ -35,7 +35,7 @@ LONG_FORM = bool(os.environ.get("LLAMA_LONG"))
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_file: Path) -> Iterator[Serving]:
     folder = write_model(tmp_path_factory.mktemp("models") / "tiny", tiny_tokenizer_file, context=64)
-    with serving(api.AsyncClient(folder, block_size=16), limits=EdgeLimits(send=2.0)) as running:
+    with serving(api.AsyncClient(folder, block_size=16), limits=HttpLimits(send=2.0)) as running:
         yield running
 
 
@@ -253,9 +253,9 @@ def test_malformed_bytes(served: Serving, canary: Any) -> None:
         say(served, mutated(rng))
         if number % 50 == 0:
             check_canary(served, canary)
-    client = served.server.client
+    client = served.app.client
     assert client is not None
-    eventually(lambda: served.server.active == 0 and idle(client))
+    eventually(lambda: served.app.active == 0 and idle(client))
 
 
 def test_half_open_sockets_harm_nobody(served: Serving, canary: Any) -> None:

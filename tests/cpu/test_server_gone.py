@@ -23,12 +23,12 @@ from api_cases import MESSAGES, PROMPT, Script, idle, scripted, write_model
 from server_cases import Answer, Raw, Serving, ask, eventually, get, post, serving
 
 import api
-from api.edge import access_log
-from api.sockets import Exit
-from api.visit import EdgeLimits
+from api.http.limits import HttpLimits
+from api.http.middleware import access_log
+from api.http.uvicorn_server import Exit
 
 SLOTS = 6
-LIMITS = EdgeLimits(send=2.0, stalled=0.5, drain=1.0, quiet=0.3, queue=0.5, request=3.0)
+LIMITS = HttpLimits(send=2.0, stalled=0.5, drain=1.0, quiet=0.3, queue=0.5, request=3.0)
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SHORT = {"model": "tiny", "prompt": PROMPT, "max_tokens": 3, "temperature": 0}
 LONG = {"model": "tiny", "prompt": PROMPT, "max_tokens": 200, "ignore_eos": True, "seed": 1}
@@ -55,7 +55,7 @@ def served(client: api.AsyncClient) -> Iterator[Serving]:
 @pytest.fixture(autouse=True)
 def nothing_left_behind(client: api.AsyncClient, served: Serving) -> Iterator[None]:
     yield
-    eventually(lambda: served.server.active == 0 and idle(client))
+    eventually(lambda: served.app.active == 0 and idle(client))
     assert ask(served.port, post(COMPLETIONS, SHORT)).status == 200
     eventually(served.at_rest)
 
@@ -130,7 +130,7 @@ def test_a_client_that_goes_is_noticed(
     with Raw(served.port) as raw:
         STAGES[stage](raw, client)
         leave(raw)
-        took = eventually(lambda: served.server.active == 0 and idle(client))
+        took = eventually(lambda: served.app.active == 0 and idle(client))
     assert took < 0.25 + 0.1  # the second figure for a busy machine
 
 
@@ -230,13 +230,13 @@ def test_slots_of_a_key(client: api.AsyncClient) -> None:
         assert b'llama_admission_rejections_total{reason="key"} 1.0' in text
         for raw in streams:
             raw.close()
-        eventually(lambda: running.server.active == 0)
+        eventually(lambda: running.app.active == 0)
 
 
 @pytest.mark.usefixtures("slow")
 def test_slots_in_all(client: api.AsyncClient) -> None:
     """Two keys that have slots left each, and the model none: a refusal at once, and no waiting."""
-    with serving(client, keys=["one", "two"], slots_per_key=SLOTS, limits=EdgeLimits()) as running:
+    with serving(client, keys=["one", "two"], slots_per_key=SLOTS, limits=HttpLimits()) as running:
         streams = []
         for number in range(SLOTS):
             headers = {"Authorization": f"Bearer {('one', 'two')[number % 2]}"}
@@ -251,14 +251,14 @@ def test_slots_in_all(client: api.AsyncClient) -> None:
         assert b'llama_admission_rejections_total{reason="slots"} 2.0' in text
         for raw in streams:
             raw.close()
-        eventually(lambda: running.server.active == 0)
+        eventually(lambda: running.app.active == 0)
 
 
 @pytest.fixture(scope="module")
 def crowded(folder: Path) -> Iterator[tuple[api.AsyncClient, Serving]]:
     """A server with the usual thirty slots. It lets a thousand connect before the first one speaks, however long that
     takes here; as a rule, those who connect and say nothing are a crowd of which the oldest go."""
-    with api_client(folder) as client, serving(client, slots=30, limits=EdgeLimits(unfinished=2000)) as running:
+    with api_client(folder) as client, serving(client, slots=30, limits=HttpLimits(unfinished=2000)) as running:
         yield client, running
 
 
@@ -349,7 +349,7 @@ class Failing(Script):
 
 @contextmanager
 def failing(client: api.AsyncClient, after: int) -> Iterator[None]:
-    loop = client._models.find().engine._loop
+    loop = client.served.find().engine._loop
     runner, loop.runner = loop.runner, Failing(after)
     try:
         yield
@@ -387,7 +387,7 @@ def test_openai_raises_what_came_after_the_status(client: api.AsyncClient, serve
 
 @pytest.mark.usefixtures("slow")
 def test_the_deadline_of_a_request(client: api.AsyncClient) -> None:
-    with serving(client, limits=EdgeLimits(request=0.3)) as running:
+    with serving(client, limits=HttpLimits(request=0.3)) as running:
         answer = ask(running.port, post(COMPLETIONS, LONG))
         assert (answer.status, answer.code) == (504, "deadline_exceeded")
         assert answer.headers["x-should-retry"] == "false"
@@ -431,12 +431,12 @@ def test_health_says_when_steps_have_stopped(client: api.AsyncClient, served: Se
 
 
 def ending(folder: Path, **limits: float) -> Any:
-    return serving(api.AsyncClient(folder, block_size=16), limits=EdgeLimits(**limits))
+    return serving(api.AsyncClient(folder, block_size=16), limits=HttpLimits(**limits))
 
 
 def test_an_engine_that_dies_ends_the_server(folder: Path) -> None:
     with ending(folder) as running:
-        client = running.server.client
+        client = running.app.client
         with scripted(client, lambda index, prompt: [300] * 230) as script:
 
             def lose() -> None:
@@ -455,12 +455,12 @@ def test_an_engine_that_dies_ends_the_server(folder: Path) -> None:
 
 def test_the_first_signal_lets_running_requests_finish(folder: Path) -> None:
     with ending(folder) as running:
-        with scripted(running.server.client, lambda index, prompt: [300] * 230) as script:
+        with scripted(running.app.client, lambda index, prompt: [300] * 230) as script:
             script.gate = lambda: time.sleep(0.01)
             with Raw(running.port) as raw, Raw(running.port) as other:
                 raw.send(STREAM).read_until(b"data: ")
                 running.http.stop()
-                eventually(lambda: running.server.draining)
+                eventually(lambda: running.app.draining)
                 assert other.send(post(COMPLETIONS, SHORT)).answer().code == "shutting_down"
                 ready = ask(running.port, get("/ready"))
                 assert (ready.status, ready.code) == (503, "shutting_down")
@@ -474,7 +474,7 @@ def test_the_first_signal_lets_running_requests_finish(folder: Path) -> None:
 @pytest.mark.parametrize("signals", [1, 2])
 def test_what_does_not_finish_is_cut_off_with_an_error(folder: Path, signals: int) -> None:
     with ending(folder, drain=0.3 if signals == 1 else 30.0) as running:
-        with scripted(running.server.client, lambda index, prompt: [300] * 230) as script:
+        with scripted(running.app.client, lambda index, prompt: [300] * 230) as script:
             script.gate = lambda: time.sleep(0.05)
             with Raw(running.port) as raw, Raw(running.port) as whole:
                 whole.send(REQUEST)

@@ -90,7 +90,7 @@ def test_ask_and_get_a_streamed_answer(page: Any) -> None:
 
 
 def test_stop(page: Any, served: Serving) -> None:
-    client = served.server.client
+    client = served.app.client
     assert client is not None
     with scripted(client, lambda index, prompt: [400 + i % 50 for i in range(900)]) as script:
         script.gate = lambda: time.sleep(0.02)
@@ -104,7 +104,7 @@ def test_stop(page: Any, served: Serving) -> None:
 
 
 def test_no_free_slot_and_a_wrong_key(page: Any, served: Serving) -> None:
-    client = served.server.client
+    client = served.app.client
     assert client is not None
     with scripted(client, lambda index, prompt: [400] * 900) as script:
         script.gate = lambda: time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""A prompt as the engine gets it and as an echo shows it: its text, and where in it each of its tokens begins.
+"""`Prompt`: a prompt as the engine gets it and as an echo shows it, and where in its text each token begins.
 
 No threads, no I/O.
 """
@@ -49,8 +49,8 @@ def from_ids(ids: list[int], tokenizer: Tokenizer, echo: bool) -> Prompt:
 def offsets(prompt: Prompt, vocabulary: Vocabulary) -> list[int]:
     """For each id the character of `prompt.text` where its text begins; never goes back.
 
-    A text was cut at the control tokens it spells, and each stretch between them was encoded on its own; so that is how
-    it is walked here. Ids were not: they are one stretch.
+    A text prompt was encoded stretch by stretch, between the control tokens that it spells; it is walked the same way.
+    A prompt of ids is one stretch.
     """
     if prompt.as_ids:
         return _walk(prompt.ids, vocabulary)[0]
@@ -83,13 +83,13 @@ def _walk(ids: Iterable[int], vocabulary: Vocabulary) -> tuple[list[int], str]:
 
 def _stretch(ids: Iterable[int], text: str, start: int, vocabulary: Vocabulary) -> list[int]:
     """Places in `text`, from `start` on. Some tokenizers change texts (two spaces into one): align the characters."""
-    own, decoded = _walk(ids, vocabulary)
+    places, decoded = _walk(ids, vocabulary)
     if text.startswith(decoded, start):
-        return [start + place for place in own]
+        return [start + place for place in places]
     aligned, cursor = [], start
     for character in decoded:
-        found = text.find(character, cursor, cursor + SEARCH)
-        aligned.append(max(found, cursor))
-        cursor = max(found + 1, cursor)
+        at = text.find(character, cursor, cursor + SEARCH)
+        aligned.append(max(at, cursor))
+        cursor = max(at + 1, cursor)
     aligned.append(cursor)
-    return [aligned[min(place, len(decoded))] for place in own]
+    return [aligned[min(place, len(decoded))] for place in places]

@@ -1,4 +1,4 @@
-"""`Visit`: what is known about one HTTP request, from its first byte to its log line; and the limits of all of them."""
+"""`RequestLog`: what is known about one HTTP request, from its first byte to its log line."""
 
 from __future__ import annotations
 
@@ -14,31 +14,8 @@ from llama.stream import RequestStats
 Outcome = Literal["ok", "invalid", "refused", "failed", "unavailable", "gone", "stalled"]
 
 
-@dataclass(frozen=True)
-class EdgeLimits:
-    """What one client may ask of the transport; sizes in bytes, times in seconds. Over it: 431, 413, 400, 408, 504,
-    or a closed connection. head: of all header lines; unfinished: connections whose request is not yet all here; quiet:
-    how long a stream may say nothing before it gets a comment line."""
-
-    body: int = 1 << 20
-    head: int = 16 << 10
-    headers: int = 64
-    depth: int = 32
-    body_pieces: int = 1 << 14
-    keys: int = 1024
-    connections: int = 2048
-    unfinished: int = 256
-    send: float = 10.0
-    idle: float = 30.0
-    queue: float = 60.0
-    request: float = 600.0
-    stalled: float = 30.0
-    drain: float = 30.0
-    quiet: float = 15.0
-
-
 @dataclass
-class Visit:
+class RequestLog:
     """One HTTP request. endpoint: a word of a fixed set. key: 8 hex digits of the key's digest, "" without one.
 
     request_id: ours; the random part of the answer's `id`. client_request_id: what the client called it.
@@ -70,7 +47,7 @@ class Visit:
         self.request_id = answer.heading.request_id
         self.ignored = answer.arguments.ignored
 
-    def note(self, error: APIError) -> None:
+    def failed(self, error: APIError) -> None:
         """What the request failed with."""
         status = error.status_code or 500
         self.code = error.code
@@ -83,7 +60,7 @@ class Visit:
         usage = answer.usage
         self.prompt_tokens, self.completion_tokens = usage.prompt_tokens, usage.completion_tokens
 
-    def log_line(self) -> dict[str, Any]:
+    def line(self) -> dict[str, Any]:
         """For the log: never a text, never a key, never a name that a client chose."""
         line: dict[str, Any] = {"id": self.request_id, "endpoint": self.endpoint, "status": self.status}
         line |= {"outcome": self.outcome, "code": self.code, "key": self.key or None, "model": self.model}

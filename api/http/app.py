@@ -1,8 +1,8 @@
-"""`Server`: OpenAI's routes over HTTP, as an ASGI application around one `AsyncClient`.
+"""`App`: OpenAI's routes over HTTP, as an ASGI application around one `AsyncClient`.
 
-A request here and a call of the client take the same way: fields, `Call`, `Running`, `Answer`; so their JSON is equal.
-A request holds a slot from the moment its fields are known to be right until its answer is written or its client gone.
-Knows no sockets and no signals (`api.sockets`), and starts no server (`scripts/serve.py`).
+A request here and a call of the client take the same way (fields, `Request`, `Running`, `Answer`), so their JSON is
+equal. A request holds a slot from the check of its fields until its answer is written or its client gone. Knows no
+sockets and no signals (`api.http.uvicorn_server`), and starts no server (`scripts/serve.py`).
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route, Router
+from starlette.types import Receive, Scope, Send
 
 from api.checks import missing
 from api.client import AsyncClient
-from api.edge import AWAY, LOOPBACK, Edge, Gate, Keys, read_object
 from api.errors import NotFoundError, RateLimitError, ServiceUnavailableError, bad_type, translated
-from api.generate import Generate
-from api.metrics import VERSION, Metrics
-from api.openapi import document
-from api.quota import Line, SlotsByKey
+from api.http.completions import Completions
+from api.http.limits import HttpLimits
+from api.http.metrics import VERSION, Metrics
+from api.http.middleware import AWAY, LOOPBACK, Gate, Keys, Middleware, read_object
+from api.http.openapi import PATHS, document
+from api.http.request_log import RequestLog
+from api.http.retry_after import RetryAfter
+from api.models import ServedModel
 from api.schema import Object
-from api.served import Served
-from api.visit import EdgeLimits, Visit
-from llama.slots import Seat
+from llama.slots import Seat, Slots
 
 PLAYGROUND = Path(__file__).parent / "playground.html"
 PAGE_HEADERS = {
@@ -39,7 +41,7 @@ PAGE_HEADERS = {
 }
 
 
-class Server:
+class App:
     """client: None while the models are loading; set it when they are. slots: of the models, and of each key.
 
     keys, hosts and origins: who may come in, see `Gate`.
@@ -54,27 +56,30 @@ class Server:
         keys: Iterable[str] = (),
         hosts: Sequence[str] | None = LOOPBACK,
         origins: Sequence[str] = (),
-        limits: EdgeLimits | None = None,
+        limits: HttpLimits | None = None,
     ) -> None:
         self.client = client
         self.draining = False
-        self.limits = limits or EdgeLimits()
+        self.limits = limits or HttpLimits()
         self.metrics = Metrics()
-        self._slots = slots
-        self._by_key = SlotsByKey(slots_per_key or slots)
-        self._line = Line()
+        self._slots, self._slots_per_key = slots, slots_per_key or slots
+        self._by_key: dict[str, Slots] = {}
+        self._retry_after = RetryAfter()
         gate = Gate(Keys(keys, self.limits.keys), None if hosts is None else tuple(hosts), tuple(origins))
-        self.app = Edge(self._routes(), gate, self.limits, self._slots_of, self.metrics.finished)
+        self._middleware = Middleware(self._routes(), gate, self.limits, self._slots_of, self.metrics.finished)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._middleware(scope, receive, send)
 
     @property
     def active(self) -> int:
         """Requests that have not been answered to the end."""
-        return self.app.active
+        return self._middleware.active
 
     @property
     def failed(self) -> bool:
         """Whether an engine stopped without being asked to."""
-        return self.client is not None and any(not one.engine.serving for one in self.client._models.all())
+        return any(not model.engine.serving for model in self._models())
 
     def serving(self) -> AsyncClient:
         """The client. Raises ServiceUnavailableError while nothing is served."""
@@ -85,39 +90,45 @@ class Server:
         return self.client
 
     @contextmanager
-    def seat(self, visit: Visit, served: Served) -> Iterator[None]:
+    def seat(self, log: RequestLog, model: ServedModel) -> Iterator[None]:
         """One of the key's slots, while the answer is made and written. Raises RateLimitError."""
-        slots = self._by_key.get(visit.key)
         seat: Seat | None = None
         try:
             with translated():
-                seat = slots.acquire()
-            if not served.engine.slots.in_use:
-                self._line.forget()
+                seat = self._slots_of_key(log.key).acquire()
+            if not model.engine.slots.in_use:
+                self._retry_after.forget()
             yield
         except RateLimitError as error:
-            error.retry_after = self._line.wait(served.engine.expected_wait)
+            error.retry_after = self._retry_after.seconds(model.engine.expected_wait)
             self.metrics.refused("key" if seat is None else "slots")
             raise
         finally:
             if seat is not None:
                 seat.release()
 
-    def _slots_of(self, visit: Visit) -> tuple[int, int, float]:
-        """For the headers of a visit: slots, free ones, seconds until one is free."""
-        mine = self._by_key.get(visit.key)
+    def _models(self) -> list[ServedModel]:
+        """Those that are loaded."""
+        return [] if self.client is None else self.client.served.all()
+
+    def _slots_of_key(self, key: str) -> Slots:
+        """Keys are known ones, so their number is bounded."""
+        return self._by_key.setdefault(key, Slots(self._slots_per_key))
+
+    def _slots_of(self, log: RequestLog) -> tuple[int, int, float]:
+        """For the headers of an answer: slots, free ones, seconds until one is free."""
+        of_key = self._slots_of_key(log.key)
         if self.client is None:
-            return min(mine.limit, self._slots), 0, AWAY
-        engine = self.client._models.find(visit.model).engine
-        free = max(min(mine.limit - mine.in_use, engine.slots.limit - engine.slots.in_use), 0)
-        return min(mine.limit, engine.slots.limit), free, 0.0 if free else engine.expected_wait()
+            return min(of_key.limit, self._slots), 0, AWAY
+        engine = self.client.served.find(log.model).engine
+        free = max(min(of_key.limit - of_key.in_use, engine.slots.limit - engine.slots.in_use), 0)
+        return min(of_key.limit, engine.slots.limit), free, 0.0 if free else engine.expected_wait()
 
     def _routes(self) -> Router:
         parts = (self.serving, self.seat, self.metrics.gap, self.limits)
         routes = [
-            Route("/v1/chat/completions", Generate("chat", *parts), methods=["POST"]),
-            Route("/v1/completions", Generate("completions", *parts), methods=["POST"]),
-            Route("/v1/models", self._models, methods=["GET"]),
+            *(Route(path, Completions(endpoint, *parts), methods=["POST"]) for endpoint, path in PATHS.items()),
+            Route("/v1/models", self._list_models, methods=["GET"]),
             Route("/v1/models/{name:path}", self._model, methods=["GET"]),
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/detokenize", self._detokenize, methods=["POST"]),
@@ -130,7 +141,7 @@ class Server:
         ]
         return Router(routes, redirect_slashes=False)
 
-    async def _models(self, request: Request) -> Response:
+    async def _list_models(self, request: Request) -> Response:
         return _json(await self.serving().models.list())
 
     async def _model(self, request: Request) -> Response:
@@ -142,19 +153,13 @@ class Server:
 
     async def _tokenize(self, request: Request) -> Response:
         client, fields = await self._read(request)
-        for name in ("add_special_tokens", "parse_special", "return_token_strs"):
-            if not isinstance(fields.get(name, True), bool):
+        flags = {"add_special_tokens": True, "parse_special": True, "return_token_strs": False}
+        for name, default in flags.items():
+            flags[name] = fields.get(name, default)
+            if not isinstance(flags[name], bool):
                 raise bad_type(name, fields[name], "a boolean")
-        return _json(
-            await client.tokenize(
-                fields.get("prompt"),
-                messages=fields.get("messages"),
-                add_special_tokens=fields.get("add_special_tokens", True),
-                parse_special=fields.get("parse_special", True),
-                return_token_strs=fields.get("return_token_strs", False),
-                model=fields.get("model"),
-            )
-        )
+        prompt, messages, model = (fields.get(name) for name in ("prompt", "messages", "model"))
+        return _json(await client.tokenize(prompt, messages=messages, model=model, **flags))
 
     async def _detokenize(self, request: Request) -> Response:
         client, fields = await self._read(request)
@@ -165,45 +170,39 @@ class Server:
     async def _read(self, request: Request) -> tuple[AsyncClient, dict[str, Any]]:
         """The client, and the fields of a request; null is the same as absent."""
         client = self.serving()
-        scope = request.scope
-        fields = await read_object(scope, request.receive, scope["visit"], self.limits)
+        fields = await read_object(request.scope, request.receive, self.limits)
         return client, {name: value for name, value in fields.items() if value is not None}
 
     async def _tokenizer_info(self, request: Request) -> Response:
-        tokenizer = self.serving()._models.find().tokenizer
+        tokenizer = self.serving().served.find().tokenizer
         names = ("unk_token", "bos_token", "eos_token")
-        return _plain({name: tokenizer.token_string(i) for i, name in enumerate(names)})
+        return _json({name: tokenizer.token_string(i) for i, name in enumerate(names)})
 
     async def _openapi(self, request: Request) -> Response:
-        models = self.serving()._models
-        served, names = models.find(), [one.name for one in models.all()]
-        return _plain(document(names, served.settings.limits, served.engine.model_config.vocab_size, VERSION))
+        first, *others = self.serving().served.all()
+        names = [model.name for model in (first, *others)]
+        return _json(document(names, first.settings.limits, first.vocab_size, VERSION))
 
     async def _health(self, request: Request) -> Response:
         if self.client is None:
-            return _plain({"status": "loading"})
-        models = {one.name: one.health() for one in self.client._models.all()}
-        good = all(health.status == "ok" for health in models.values())
-        shown = {name: health.to_dict() for name, health in models.items()}
-        return _plain({"status": "ok" if good else "failed", "models": shown}, 200 if good else 503)
+            return _json({"status": "loading"})
+        models = {model.name: model.health().to_dict() for model in self._models()}
+        good = all(health["status"] == "ok" for health in models.values())
+        return _json({"status": "ok" if good else "failed", "models": models}, 200 if good else 503)
 
     async def _ready(self, request: Request) -> Response:
-        client = self.serving()
-        if any(one.health().status != "ok" for one in client._models.all()):
+        self.serving()
+        if any(model.health().status != "ok" for model in self._models()):
             raise ServiceUnavailableError("The engine does not answer.")
-        return _plain({"status": "ready"})
+        return _json({"status": "ready"})
 
     async def _metrics(self, request: Request) -> Response:
-        served = [] if self.client is None else self.client._models.all()
-        return Response(self.metrics.render(served), media_type=Metrics.media_type)
+        return Response(self.metrics.render(self._models()), media_type=Metrics.media_type)
 
     async def _playground(self, request: Request) -> Response:
         return FileResponse(PLAYGROUND, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
 
-def _json(made: Object) -> Response:
-    return Response(made.to_json(), media_type="application/json")
-
-
-def _plain(made: dict[str, Any], status: int = 200) -> Response:
-    return Response(json.dumps(made), status, media_type="application/json")
+def _json(body: Object | dict[str, Any], status: int = 200) -> Response:
+    text = json.dumps(body) if isinstance(body, dict) else body.to_json()
+    return Response(text, status, media_type="application/json")

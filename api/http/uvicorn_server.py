@@ -1,7 +1,8 @@
-"""`HttpServer`: sockets and signals around a `Server`, by uvicorn with the h11 parser.
+"""`HttpServer`: sockets and signals around an `App`, by uvicorn with the h11 parser.
 
-uvicorn times only idle connections; here half-sent requests, unread answers and crowds are bounded as well. The first
-signal to end stops taking requests and lets the running ones finish; the second ends them.
+Half-sent requests, unread answers and crowds are bounded here; uvicorn has no options for that and times idle
+connections only. So `Connection` puts its own parser into uvicorn's protocol and reads the protocol's `cycle`. Neither
+is a documented interface, so pyproject.toml bounds uvicorn's versions on both sides.
 """
 
 from __future__ import annotations
@@ -16,22 +17,28 @@ import sys
 import time
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from api.errors import APIStatusError
-from api.server import Server
-from api.visit import EdgeLimits
+from api.http.app import App
+from api.http.limits import HttpLimits
 
 log = logging.getLogger("api.server")
 
 AT_ONCE = 16  # sockets that are read between two rounds of the event loop
-SWEEP = 0.5  # seconds between two looks at all connections
+TICK = 0.1  # seconds between two looks for a reason to end; every fifth time all connections are looked at, too
 NEW = 1.0  # a connection younger than this may still be on its way through the event loop
+REFUSALS = {
+    431: ("The request's headers are too large.", "headers_too_large"),
+    413: ("The body comes in too many pieces.", "request_too_large"),
+}
 
 
 class Exit(IntEnum):
@@ -44,8 +51,10 @@ class Exit(IntEnum):
 
 
 class InTurn(selectors.DefaultSelector):
-    """Reports a few sockets at a time, so that the first of a crowd is answered before the last is even read, and
-    streams go on in between. What is asked for in vain is asked for again: a socket stays ready until it is read."""
+    """Reports a few sockets at a time: the first of a crowd is answered before the last is read, and streams go on.
+
+    The rest is reported the next time, whether or not it is asked for: a socket stays ready until it is read.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +74,7 @@ class BoundedConnection(h11.Connection):
     The head of an answer goes out with the first piece of its body: one packet, and one system call less.
     """
 
-    def __init__(self, limits: EdgeLimits) -> None:
+    def __init__(self, limits: HttpLimits) -> None:
         super().__init__(h11.SERVER, max_incomplete_event_size=limits.head + 1024)
         self._most, self._pieces = limits.body_pieces, 0
         self._head = b""
@@ -95,10 +104,17 @@ class Connection(H11Protocol):
     ending_since: since when all is written that will be, and the client has not read it.
     """
 
-    def __init__(self, config: uvicorn.Config, *args: Any, **options: Any) -> None:
-        super().__init__(config, *args, **options)
-        self.limits: EdgeLimits = config.app.limits  # type: ignore[union-attr]  # the app is an Edge
-        self.conn = BoundedConnection(self.limits)
+    def __init__(
+        self,
+        limits: HttpLimits,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.limits = limits
+        self.conn = BoundedConnection(limits)
         self.waiting_since: float | None = None
         self.ending_since: float | None = None
         self._received = False
@@ -114,20 +130,16 @@ class Connection(H11Protocol):
             return
         self._received = True
         super().data_received(data)
-        if self._complete():
-            self.waiting_since = None
+        if self._answering() and not self.cycle.more_body:
+            self.waiting_since = None  # a request is all here
         elif self.waiting_since is None:
             self.waiting_since = self.loop.time()
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn for what is not HTTP; the parser's error, being handled, says more."""
         status = getattr(sys.exc_info()[1], "error_status_hint", 400)
-        known = {
-            431: ("The request's headers are too large.", "headers_too_large"),
-            413: ("The body comes in too many pieces.", "request_too_large"),
-        }
-        message, code = known.get(status, ("This is not a valid HTTP request.", "invalid_http"))
-        self._refuse(status if status in known else 400, message, code)
+        message, code = REFUSALS.get(status, ("This is not a valid HTTP request.", "invalid_http"))
+        self._refuse(status if status in REFUSALS else 400, message, code)
 
     def sweep(self, now: float) -> None:
         """End what has lasted too long; called now and then."""
@@ -152,20 +164,12 @@ class Connection(H11Protocol):
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _complete(self) -> bool:
-        """Whether a request is all here, and being answered."""
-        return self._answering() and not self.cycle.more_body
-
     def _refuse(self, status: int, message: str, code: str) -> None:
         """Answer in place of the application, and close."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            error = APIStatusError(message, code=code, status_code=status)
-            body = json.dumps(error.to_dict()).encode()
-            headers = [
-                ("content-type", "application/json"),
-                ("content-length", str(len(body))),
-                ("connection", "close"),
-            ]
+            body = json.dumps(APIStatusError(message, code=code).to_dict()).encode()
+            length, kind = str(len(body)), "application/json"
+            headers = [("content-type", kind), ("content-length", length), ("connection", "close")]
             for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         if self.cycle is not None:
@@ -175,18 +179,22 @@ class Connection(H11Protocol):
 
 
 class HttpServer(uvicorn.Server):
-    """Serves `server` on listening sockets until it is told to stop. exit_code: valid when `serve` has returned."""
+    """Serves `app` on listening sockets until it is told to stop. exit_code: valid when `serve` has returned.
 
-    def __init__(self, server: Server) -> None:
-        limits = server.limits
+    The first signal to end stops taking requests and lets the running ones finish; the second ends them.
+    """
+
+    def __init__(self, app: App) -> None:
+        limits = app.limits
         config = uvicorn.Config(
-            server.app,
+            app,
             interface="asgi3",
-            http=Connection,
+            http=partial(Connection, limits),  # type: ignore[arg-type]  # uvicorn calls it as it would call a class
             ws="none",
             loop="asyncio",
             lifespan="off",
             log_config=None,
+            log_level=logging.CRITICAL,  # what it says is either ours to say, or about strangers' mistakes
             access_log=False,
             proxy_headers=False,
             server_header=False,
@@ -194,9 +202,7 @@ class HttpServer(uvicorn.Server):
             timeout_graceful_shutdown=2,
         )
         super().__init__(config)
-        # What it says is either ours to say, or about strangers' mistakes.
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-        self.server = server
+        self.app = app
         self.exit_code = Exit.DONE
         self._signals = 0
         self._drain_until: float | None = None
@@ -206,61 +212,69 @@ class HttpServer(uvicorn.Server):
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(InTurn())) as runner:
             runner.run(self.serve(sockets))
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            watcher = tasks.create_task(self._watch())
+            await super().serve(sockets)
+            watcher.cancel()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by uvicorn, which would cut off what runs."""
         self.stop()
 
     def stop(self) -> None:
         """As a signal does: once, let running requests finish; twice, end them. From any thread."""
         self._signals += 1
 
-    async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: whether to end."""
-        await super().on_tick(counter)
-        if counter % int(SWEEP * 10) == 0:
-            self._sweep()
-        if self.server.failed and not self._signals:
+    async def _watch(self) -> None:
+        """Bound the connections until there is a reason to end, and then end.
+
+        Whoever is still being served gets an error, and not silence: their engines are closed first.
+        """
+        ticks = 0
+        while (exit_code := self._reason_to_end()) is None:
+            if ticks % 5 == 0:
+                self._sweep()
+            ticks += 1
+            await asyncio.sleep(TICK)
+        self.exit_code = exit_code
+        self.app.draining = True
+        if self.app.client is not None and self.app.active:
+            await self.app.client.close()
+        self.should_exit = True
+
+    def _reason_to_end(self) -> Exit | None:
+        if not self._signals and self.app.failed:
             log.error("an engine has stopped; nothing more can be served")
-            self.exit_code = Exit.ENGINE_FAILED
-            return True
+            return Exit.ENGINE_FAILED
         if not self._signals:
-            return False
+            return None
         now = time.monotonic()
         if self._drain_until is None:
-            self.server.draining = True
-            self._drain_until = now + self.server.limits.drain
-            log.info("no more requests are taken; %d are being finished", self.server.active)
-        if not self.server.active:
-            return True
+            self.app.draining = True
+            self._drain_until = now + self.app.limits.drain
+            log.info("no more requests are taken; %d are being finished", self.app.active)
+        if not self.app.active:
+            return Exit.DONE
         if self._signals > 1 or now > self._drain_until:
-            log.warning("%d requests are cut off", self.server.active)
-            self.exit_code = Exit.ABORTED
-            return True
-        return False
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Whoever is still being served gets an error, and not silence: their engines are closed first."""
-        self.server.draining = True
-        if self.server.client is not None and self.server.active:
-            await self.server.client.close()
-        await super().shutdown(sockets)
+            log.warning("%d requests are cut off", self.app.active)
+            return Exit.ABORTED
+        return None
 
     def _sweep(self) -> None:
         now = asyncio.get_running_loop().time()
         connections: list[Connection] = list(self.server_state.connections)  # type: ignore[arg-type]
-        waiting = sorted((one.waiting_since, i) for i, one in enumerate(connections) if one.waiting_since is not None)
+        waiting = sorted((c.waiting_since, i) for i, c in enumerate(connections) if c.waiting_since is not None)
         # In a crowd of half-sent requests the oldest goes first: an honest client is never the oldest.
-        for since, i in waiting[: max(len(waiting) - self.server.limits.unfinished, 0)]:
+        for since, i in waiting[: max(len(waiting) - self.app.limits.unfinished, 0)]:
             if now - since > NEW:
                 connections[i].transport.abort()
-        for one in connections:
-            one.sweep(now)
+        for connection in connections:
+            connection.sweep(now)
 
 
 def settle() -> None:
-    """To be called when everything is loaded: the garbage collector need not look at what is there by now, and stays.
-
-    Looking at all of torch takes 100 ms, in which no stream moves.
-    """
+    """Exempt what is loaded by now from garbage collection, which would hold up every stream while it looks at it."""
     gc.collect()
     gc.freeze()
 
@@ -268,14 +282,14 @@ def settle() -> None:
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol by name: asyncio switches Nagle's algorithm off, which costs 40 ms an answer, only where it sees TCP.
-    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # The protocol by name: asyncio switches Nagle's algorithm off, which delays answers, only where it sees TCP.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     # What a client does not read stays with us, where it is bounded, and not in the kernel's megabytes.
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
     try:
-        made.bind((host, port))
+        listening.bind((host, port))
     except OSError:
-        made.close()
+        listening.close()
         raise
-    return made
+    return listening

@@ -1,4 +1,4 @@
-"""`Call`: one request on its way, from its fields to its answer, for threads and for event loops.
+"""`Request`: one call on its way, from its fields to its answer, for threads and for event loops.
 
 Every wait comes in two forms, one that blocks the thread and one that lets the event loop go on; everything else is
 shared. The slot is given back, and the engine stops working, on every way out.
@@ -15,9 +15,9 @@ from typing import Any, Generic, Self
 
 from api.answer import Answer, Chunk, Whole, merge
 from api.checks import Endpoint
-from api.errors import APITimeoutError, bad_type, bad_value, from_engine, translated
+from api.errors import APITimeoutError, bad_type, bad_value, from_engine
+from api.models import Models
 from api.schema import Usage
-from api.served import Models
 from llama.errors import EngineError, SlotsFull
 from llama.slots import Seat
 from llama.stream import Delta, Stream
@@ -27,23 +27,17 @@ LONG_TEXT = 16_384
 MAX_SECONDS = 1e6  # threads cannot wait much longer
 
 
-class Call(Generic[Whole, Chunk]):
+class Request(Generic[Whole, Chunk]):
     """A checked request. Raises what is wrong with its fields; nothing is taken or queued yet.
 
-    salt: prompts share cached blocks only with prompts of the same salt.
+    wait, timeout: as `api.client` has them. salt: prompts share cached blocks only with prompts of the same salt.
     """
 
     def __init__(
-        self,
-        models: Models,
-        endpoint: Endpoint,
-        fields: Mapping[str, Any],
-        wait: Any = None,
-        timeout: Any = None,
-        salt: str = "",
+        self, models: Models, endpoint: Endpoint, fields: Mapping[str, Any], wait: Any, timeout: Any, salt: str = ""
     ) -> None:
-        self.served = models.find(fields.get("model"))
-        self.arguments = self.served.read(endpoint, fields)
+        self.model = models.find(fields.get("model"))
+        self.arguments = self.model.read(endpoint, fields)
         self.salt = salt
         self.prompt_field = "messages" if endpoint == "chat" else "prompt"
         self.wait = _seconds("wait", models.settings.wait if wait is None else wait)
@@ -52,20 +46,22 @@ class Call(Generic[Whole, Chunk]):
     def start(self) -> Running[Whole, Chunk]:
         """Take a slot, waiting as long as may be, and submit."""
         with self._slot_errors():
-            seat = self.served.engine.slots.acquire(self._wait())
+            seat = self.model.engine.slots.acquire(self._wait())
         return self._begin(seat)
 
     async def start_async(self) -> Running[Whole, Chunk]:
         """The same without blocking the event loop."""
         with self._slot_errors():
-            seat = await self.served.engine.slots.acquire_async(self._wait())
+            seat = await self.model.engine.slots.acquire_async(self._wait())
         if self._n_characters() <= LONG_TEXT:
             return self._begin(seat)
         return await asyncio.to_thread(self._begin, seat)
 
     def _begin(self, seat: Seat) -> Running[Whole, Chunk]:
-        with translated(self.prompt_field):
-            stream, answer = self.served.begin(self.arguments, seat, self.salt)
+        try:
+            stream, answer = self.model.begin(self.arguments, seat, self.salt)
+        except EngineError as error:
+            raise from_engine(error, self.prompt_field) from error
         return Running(stream, answer, self.deadline)
 
     def _wait(self) -> float | bool:
@@ -76,13 +72,11 @@ class Call(Generic[Whole, Chunk]):
 
     @contextmanager
     def _slot_errors(self) -> Iterator[None]:
-        with translated():
-            try:
-                yield
-            except SlotsFull as error:
-                if self.wait and self.deadline.passed:
-                    raise self.deadline.error() from error
-                raise
+        try:
+            yield
+        except EngineError as error:
+            timed_out = isinstance(error, SlotsFull) and self.wait and self.deadline.passed
+            raise (self.deadline.error() if timed_out else from_engine(error)) from error
 
     def _n_characters(self) -> int:
         texts = [prompt for prompt in self.arguments.prompts if isinstance(prompt, str)]
@@ -116,10 +110,7 @@ class Running(Generic[Whole, Chunk]):
 
     def whole(self) -> Whole:
         """Wait for everything and fold it into one answer."""
-        deltas = []
-        while (delta := self.get()) is not None:
-            deltas.append(delta)
-        return self._fold(deltas)
+        return self._fold(list(iter(self.get, None)))
 
     async def whole_async(self) -> Whole:
         deltas = []
@@ -144,11 +135,11 @@ class Running(Generic[Whole, Chunk]):
 
     def chunks(self, delta: Delta) -> list[Chunk]:
         """What a delta, and all that have gathered behind it, come to."""
-        return [chunk for one in self._with_gathered(delta) for chunk in self.answer.chunks(one)]
+        return [chunk for merged in self._with_gathered(delta) for chunk in self.answer.chunks(merged)]
 
     def wire(self, delta: Delta) -> list[str]:
         """The same as JSON."""
-        return [chunk for one in self._with_gathered(delta) for chunk in self.answer.wire(one)]
+        return [chunk for merged in self._with_gathered(delta) for chunk in self.answer.wire(merged)]
 
     def _with_gathered(self, delta: Delta) -> list[Delta]:
         others: list[Delta] = self.stream.gathered()
@@ -173,8 +164,10 @@ class Running(Generic[Whole, Chunk]):
 
 
 class ChunkReader(Generic[Chunk]):
-    """What the two kinds of chunk streams share. The slot is held from `create` on, and given back when the stream is
-    exhausted, closed, fails, or is dropped, whether or not it was ever read."""
+    """What the two kinds of chunk streams share.
+
+    The slot is held from `create` on, and given back when the stream is exhausted, closed, failed or dropped.
+    """
 
     def __init__(self, running: Running[Any, Chunk]) -> None:
         self._running: Running[Any, Chunk] = running
@@ -222,8 +215,7 @@ class ChunkStream(ChunkReader[Chunk]):
     def close(self) -> None:
         self._close()
 
-    def cancel(self) -> None:
-        self._close()
+    cancel = close
 
     def __enter__(self) -> Self:
         return self
@@ -248,11 +240,7 @@ class AsyncChunkStream(ChunkReader[Chunk]):
     async def close(self) -> None:
         self._close()
 
-    async def aclose(self) -> None:
-        self._close()
-
-    async def cancel(self) -> None:
-        self._close()
+    aclose = cancel = close
 
     async def __aenter__(self) -> Self:
         return self

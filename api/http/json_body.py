@@ -46,12 +46,12 @@ def _bad(what: str) -> BadRequestError:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         seen: set[str] = set()
         name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise _Refused(f"the name {shorten(name)} stands twice in one object")
-    return made
+    return unique
 
 
 def _finite(digits: str) -> float:
@@ -71,7 +71,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, pars
 def _depth_exceeds(value: Any, most: int) -> bool:
     level = [value]
     for _ in range(most):
-        inside = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]
+        inside = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)]
         level = [item for item in inside if isinstance(item, (dict, list))]
         if not level:
             return False

@@ -1,4 +1,4 @@
-"""Slots of each key, and when those who found none should come back."""
+"""`RetryAfter`: when those who found no free slot should come back."""
 
 from __future__ import annotations
 
@@ -7,23 +7,11 @@ import time
 from collections.abc import Callable
 
 from api.errors import MAX_RETRY_AFTER, SOON
-from llama.slots import Slots
 
 MAX_EXPECTED = 4096
 
 
-class SlotsByKey:
-    """A gate of `limit` slots for each key; keys are known ones, so their number is bounded."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._slots: dict[str, Slots] = {}
-
-    def get(self, key: str) -> Slots:
-        return self._slots.setdefault(key, Slots(self.limit))
-
-
-class Line:
+class RetryAfter:
     """Spreads those who were refused: each is told a time after those who were told before and are not back yet.
 
     clock: seconds, never going back.
@@ -34,11 +22,11 @@ class Line:
         self._expected: list[float] = []  # when the refused will be back; a heap
 
     def forget(self) -> None:
-        """There is no line: whoever comes now finds a slot."""
+        """Nobody is expected: whoever comes now finds a slot."""
         self._expected.clear()
 
-    def wait(self, until_free: Callable[[int], float]) -> float:
-        """Seconds to tell the next one. until_free(n): until slots are free for n others and this one."""
+    def seconds(self, until_free: Callable[[int], float]) -> float:
+        """What to tell the next one. until_free(n): seconds until slots are free for n others and this one."""
         now = self._clock()
         while self._expected and self._expected[0] <= now:
             heapq.heappop(self._expected)

@@ -1,6 +1,6 @@
 """The two routes that generate: a request's way from its body to its last byte, streamed or whole.
 
-The slot is held on the whole of that way. The client is watched all the time; when it goes, everything is aborted.
+The slot is held on the whole of that way. The client is watched all the time: when it goes, the request is aborted.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from api.call import Call, Running
 from api.checks import Endpoint, missing
 from api.client import AsyncClient
-from api.edge import ClientGone, Stalled, read_object
 from api.errors import APIError, APIStatusError, ServiceUnavailableError
-from api.served import Served
-from api.visit import EdgeLimits, Visit
+from api.http.limits import HttpLimits
+from api.http.middleware import ClientGone, Stalled, read_object
+from api.http.request_log import RequestLog
+from api.models import ServedModel
+from api.request import Request, Running
 
-EVENT_STREAM = [
+EVENT_STREAM = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
-]
+)
 Interrupt = Callable[[Exception], None]
 
 
-class Generate:
+class Completions:
     """ASGI for one endpoint. serving: the client, or a 503. seat: one of the key's slots, held inside `with`.
 
     gap: is told the seconds between two events of a stream.
@@ -41,43 +42,45 @@ class Generate:
         self,
         endpoint: Endpoint,
         serving: Callable[[], AsyncClient],
-        seat: Callable[[Visit, Served], AbstractContextManager[None]],
+        seat: Callable[[RequestLog, ServedModel], AbstractContextManager[None]],
         gap: Callable[[float], None],
-        limits: EdgeLimits,
+        limits: HttpLimits,
     ) -> None:
         self.endpoint, self.limits = endpoint, limits
         self._serving, self._seat, self._gap = serving, seat, gap
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        visit: Visit = scope["visit"]
+        log: RequestLog = scope["log"]
         client = self._serving()
-        fields = await read_object(scope, receive, visit, self.limits)
+        fields = await read_object(scope, receive, self.limits)
         if fields.get("model") is None:
             raise missing("model")
-        call: Call[Any, Any] = Call(client._models, self.endpoint, fields, wait=False, salt=visit.key)
-        visit.model, visit.stream = call.served.name, call.arguments.stream
-        with self._seat(visit, call.served):
-            async with self._watched(visit, receive) as interrupt:
+        request: Request[Any, Any] = Request(
+            client.served, self.endpoint, fields, wait=False, timeout=None, salt=log.key
+        )
+        log.model, log.stream = request.model.name, request.arguments.stream
+        with self._seat(log, request.model):
+            async with self._watched(log, receive) as interrupt:
                 loop = asyncio.get_running_loop()
                 end = loop.time() + self.limits.request
-                running = await call.start_async()
-                visit.began(running.answer)
+                running = await request.start_async()
+                log.began(running.answer)
                 alarm = loop.call_at(end, running.stream.close, self._late())
                 try:
-                    if call.arguments.stream:
-                        await self._stream(running, visit, Events(send, self.limits, interrupt))
+                    if request.arguments.stream:
+                        await self._stream(running, log, Events(send, self.limits, interrupt))
                     else:
                         answer = await running.whole_async()
                         await Response(answer.to_json(), media_type="application/json")(scope, receive, send)
                 finally:
                     alarm.cancel()
                     running.stream.close()
-                    visit.count(running.answer)
+                    log.count(running.answer)
 
-    async def _stream(self, running: Running[Any, Any], visit: Visit, events: Events) -> None:
+    async def _stream(self, running: Running[Any, Any], log: RequestLog, events: Events) -> None:
         """Chunks as they come. What fails before the first one is raised, and so has its HTTP status."""
         chunks = await _next(running)
-        async with events.looked_after():
+        async with events.kept_alive():
             try:
                 while chunks:
                     await events.write(chunks)
@@ -85,7 +88,7 @@ class Generate:
                     self._gap(time.monotonic() - events.last)
                 await events.end()
             except APIError as error:
-                visit.note(error)
+                log.failed(error)
                 await events.end(error)
 
     def _late(self) -> APIStatusError:
@@ -93,9 +96,11 @@ class Generate:
         return APIStatusError(message, type="server_error", code="deadline_exceeded", status_code=504)
 
     @asynccontextmanager
-    async def _watched(self, visit: Visit, receive: Receive) -> AsyncIterator[Interrupt]:
-        """End what is inside when the client goes (ClientGone), or when no step has taken the request up in time; gives
-        a function that ends it for other reasons."""
+    async def _watched(self, log: RequestLog, receive: Receive) -> AsyncIterator[Interrupt]:
+        """End what is inside when the client goes (ClientGone), or when no step has taken the request up in time.
+
+        Gives a function that ends it for other reasons.
+        """
 
         async def hang_up() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -103,7 +108,7 @@ class Generate:
             interrupt(ClientGone())
 
         def check_waiting() -> None:
-            if visit.stats is not None and visit.stats.first_scheduled is None:
+            if log.stats is not None and log.stats.first_scheduled is None:
                 message = f"The request waited {self.limits.queue:g} seconds for its turn. Please try again later."
                 interrupt(ServiceUnavailableError(message, code="queue_timeout"))
 
@@ -149,7 +154,7 @@ class Events:
     interrupt: is called with Stalled when the client does not read.
     """
 
-    def __init__(self, send: Send, limits: EdgeLimits, interrupt: Interrupt) -> None:
+    def __init__(self, send: Send, limits: HttpLimits, interrupt: Interrupt) -> None:
         self._send, self._limits, self._interrupt = send, limits, interrupt
         self._begun = False
         self._writing_since: float | None = None
@@ -157,17 +162,19 @@ class Events:
 
     async def write(self, chunks: Sequence[str]) -> None:
         """One event for each chunk, in one write. chunks: each a line of JSON in ASCII."""
-        await self._write("".join(f"data: {one}\n\n" for one in chunks).encode())
+        await self._write("".join(f"data: {chunk}\n\n" for chunk in chunks).encode())
 
     async def end(self, error: APIError | None = None) -> None:
         """The mark of a whole stream; or the error that ended it early, and no mark."""
-        last = "data: [DONE]\n\n" if error is None else f"data: {json.dumps(error.to_dict())}\n\n"
-        await self._write(last.encode(), more=False)
+        last = "[DONE]" if error is None else json.dumps(error.to_dict())
+        await self._write(f"data: {last}\n\n".encode(), more=False)
 
     @asynccontextmanager
-    async def looked_after(self) -> AsyncIterator[None]:
-        """Fill long pauses, and do not wait for ever for a client: one sleeper each for a whole stream, and no timers
-        for every event."""
+    async def kept_alive(self) -> AsyncIterator[None]:
+        """Fill long pauses, and do not wait for ever for the client.
+
+        One sleeping task each for the whole stream costs less than timers for every event.
+        """
         tasks = [asyncio.create_task(self._fill_pauses()), asyncio.create_task(self._watch_writes())]
         try:
             yield

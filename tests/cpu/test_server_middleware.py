@@ -19,14 +19,14 @@ from api_cases import MESSAGES, PROMPT, write_model
 from server_cases import Raw, Serving, ask, eventually, get, head, post, serving
 
 import api
-from api.body import parse_object
-from api.edge import Keys
-from api.quota import Line
-from api.sockets import AT_ONCE, InTurn
-from api.visit import EdgeLimits
+from api.http.json_body import parse_object
+from api.http.limits import HttpLimits
+from api.http.middleware import Keys
+from api.http.retry_after import RetryAfter
+from api.http.uvicorn_server import AT_ONCE, InTurn
 
 KEYS = ["sk-first", "sk-second"]
-LIMITS = EdgeLimits(send=1.0, idle=1.0)
+LIMITS = HttpLimits(send=1.0, idle=1.0)
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 GOOD = {"model": "tiny", "prompt": PROMPT, "max_tokens": 3, "temperature": 0}
 
@@ -406,7 +406,7 @@ def test_a_head_that_drips(port: int) -> None:
 
 def test_no_more_connections_than_allowed() -> None:
     """One too many is closed at once; those before it are served, and the next one when there is room."""
-    with serving(None, limits=EdgeLimits(connections=3)) as running, ExitStack() as stack:
+    with serving(None, limits=HttpLimits(connections=3)) as running, ExitStack() as stack:
         first, *others = [stack.enter_context(Raw(running.port)) for _ in range(3)]
         for raw in (first, *others):
             assert raw.send(get("/health")).answer().status == 200
@@ -421,7 +421,7 @@ def test_no_more_connections_than_allowed() -> None:
 
 def test_of_a_crowd_of_half_sent_requests_the_oldest_go() -> None:
     """Long before their time is over; the newest are served when they are complete."""
-    with serving(None, limits=EdgeLimits(unfinished=3, send=60.0)) as running, ExitStack() as stack:
+    with serving(None, limits=HttpLimits(unfinished=3, send=60.0)) as running, ExitStack() as stack:
         crowd = [stack.enter_context(Raw(running.port)) for _ in range(8)]
         for raw in crowd:
             raw.send(get("/health")[:-4])
@@ -580,7 +580,7 @@ def test_metrics(client: api.AsyncClient) -> None:
         for body in (GOOD, GOOD | {"stream": True}, GOOD | {"n": 0}):
             ask(running.port, post(COMPLETIONS, body))
         ask(running.port, get("/made-up-by-a-stranger"))
-        eventually(lambda: running.server.active == 0)
+        eventually(lambda: running.app.active == 0)
         text = ask(running.port, get("/metrics")).body.decode()
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert values['llama_requests_total{endpoint="completions",outcome="ok"}'] == "2.0"
@@ -626,14 +626,14 @@ def test_the_client_raises_the_right_errors(served: Serving, guarded: int) -> No
 
 def test_those_who_are_refused_are_spread() -> None:
     now = [100.0]
-    line = Line(lambda: now[0])
+    retry_after = RetryAfter(lambda: now[0])
 
     def until_free(rank: int) -> float:  # three slots, each free every two seconds
         return 2.0 * (1 + rank // 3)
 
-    assert [round(line.wait(until_free), 2) for _ in range(7)] == [2.25, 2.25, 2.25, 4.45, 4.45, 4.45, 6.65]
+    assert [round(retry_after.seconds(until_free), 2) for _ in range(7)] == [2.25, 2.25, 2.25, 4.45, 4.45, 4.45, 6.65]
     now[0] += 2.5
-    assert round(line.wait(until_free), 2) == 4.45  # four are still away
-    assert max(line.wait(until_free) for _ in range(5000)) == 60
+    assert round(retry_after.seconds(until_free), 2) == 4.45  # four are still away
+    assert max(retry_after.seconds(until_free) for _ in range(5000)) == 60
     now[0] += 60
-    assert round(line.wait(until_free), 2) == 2.25
+    assert round(retry_after.seconds(until_free), 2) == 2.25

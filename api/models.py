@@ -1,7 +1,4 @@
-"""`Served`: one model in this process, with its engine and its names, and what a request to it becomes.
-
-`Models` holds those of one client.
-"""
+"""`ServedModel`: a model in this process, with its engine and its names; `Models`: those of one client."""
 
 from __future__ import annotations
 
@@ -16,13 +13,14 @@ from typing import Any, Literal
 import llama
 from api.answer import Answer, ChatAnswer, Compat, CompletionAnswer, Heading
 from api.arguments import Arguments, read
-from api.checks import Context, Endpoint, message_list, token_id
-from api.echo import Prompt, from_ids, from_text
+from api.checks import Context, Endpoint, Messages, token_id
 from api.errors import BadRequestError, NotFoundError, ServiceUnavailableError, bad_type, no_such_model, translated
 from api.fingerprint import fingerprint
+from api.prompt import Prompt, from_ids, from_text
 from api.schema import Health, Model, Text, Tokens
 from llama.chat import render
-from llama.config import Limits
+from llama.config import EngineConfig, Limits
+from llama.request import Request as EngineRequest
 from llama.slots import Seat
 from llama.stream import Stream
 from llama.tokenizer import Tokenizer
@@ -43,102 +41,61 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
 
 
-class Served:
+class ServedModel:
     """A model being served: its engine, its names, and what requests to it become."""
 
     def __init__(self, engine: llama.Engine, names: Sequence[str], settings: Settings) -> None:
-        assert engine.tokenizer is not None and engine.model_dir is not None, (
-            "a checkpoint has a folder and a tokenizer"
-        )
-        self.engine, self.names, self.settings = engine, tuple(names), settings
+        assert engine.tokenizer and engine.model_dir, "a checkpoint has a folder and a tokenizer"
+        self.engine, self.name, self.settings = engine, names[0], settings
         self.tokenizer: Tokenizer = engine.tokenizer
+        self.vocab_size = engine.model_config.vocab_size
         self.created = int(time.time())
         self.fingerprint = fingerprint(engine.model_dir, engine)
-        self._context = Context("chat", settings.limits, engine.model_config.vocab_size)
-        engine.limits = settings.limits
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
 
     def read(self, endpoint: Endpoint, fields: Mapping[str, Any]) -> Arguments:
         """The request, checked against this model. Raises BadRequestError, NotFoundError."""
-        if endpoint == "chat" and not self.settings.chat:
+        settings = self.settings
+        if endpoint == "chat" and not settings.chat:
             raise NotFoundError(f"'{self.name}' is not a chat model.", param="model", code="not_a_chat_model")
-        return read(
-            endpoint,
-            fields,
-            vocab_size=self.engine.model_config.vocab_size,
-            limits=self.settings.limits,
-            strict=self.settings.strict,
-        )
-
-    def prompts(self, arguments: Arguments) -> list[Prompt]:
-        """The prompts as token ids. Raises the engine's errors."""
-        if arguments.endpoint == "chat":
-            return [Prompt(self._render(arguments.messages))]
-        return [
-            self._from_text(item, arguments.add_special_tokens, arguments.parse_special)
-            if isinstance(item, str)
-            else from_ids(item, self.tokenizer, arguments.echo)
-            for item in arguments.prompts
-        ]
+        return read(endpoint, fields, vocab_size=self.vocab_size, limits=settings.limits, strict=settings.strict)
 
     def begin(self, arguments: Arguments, seat: Seat, salt: str = "") -> tuple[Stream, Answer[Any, Any]]:
         """Tokenize and submit. The seat is given back if anything is raised: the engine's errors."""
-        params = arguments.params
+        params, chat = arguments.params, arguments.endpoint == "chat"
         if arguments.explain and params.seed is None and len(arguments.prompts) <= 1:
             params = replace(params, seed=secrets.randbits(63))
-        alone = arguments.endpoint == "chat" or self.settings.compat == "anyscale"
         try:
-            prompts = self.prompts(arguments)
-            request = llama.Request(
-                [prompt.ids for prompt in prompts],
-                params,
-                n=arguments.best_of,
-                salt=salt,
-                chat=alone,
-                trace=arguments.explain,
-            )
+            prompts = self._prompts(arguments)
         except BaseException:
             seat.release()
             raise
+        request = EngineRequest(
+            [prompt.ids for prompt in prompts],
+            params,
+            n=arguments.best_of,
+            salt=salt,
+            chat=chat or self.settings.compat == "anyscale",
+            trace=arguments.explain,
+        )
         stream = self.engine.submit(request, seat=seat)
         heading = Heading(self.name, int(time.time()), self.fingerprint, self.settings.compat)
-        kind = ChatAnswer if arguments.endpoint == "chat" else CompletionAnswer
+        kind = ChatAnswer if chat else CompletionAnswer
         return stream, kind(arguments, heading, prompts, self.tokenizer.vocabulary, stream.stats, params.seed)
 
     def describe(self) -> Model:
-        return Model(
-            id=self.name,
-            object="model",
-            created=self.created,
-            owned_by="llama-slots",
-            max_model_len=self.engine.max_seq_len,
-        )
+        context = self.engine.max_seq_len
+        return Model(id=self.name, object="model", created=self.created, owned_by="llama-slots", max_model_len=context)
 
     def health(self) -> Health:
         stats = self.engine.stats()
-        busy = stats.running + stats.waiting > 0
-        status: Literal["ok", "stalled", "stopped"] = "ok"
+        age, busy = stats.heartbeat_age, stats.running + stats.waiting > 0
+        status: Literal["ok", "stalled", "stopped"] = "stalled" if busy and age > STALLED_AFTER else "ok"
         if not self.engine.serving:
             status = "stopped"
-        elif busy and stats.heartbeat_age > STALLED_AFTER:
-            status = "stalled"
-        return Health(
-            status=status,
-            heartbeat_age=stats.heartbeat_age,
-            slots=stats.slots,
-            slots_in_use=stats.slots_in_use,
-        )
+        return Health(status=status, heartbeat_age=age, slots=stats.slots, slots_in_use=stats.slots_in_use)
 
     def tokenize(
-        self,
-        prompt: Any = None,
-        messages: Any = None,
-        add_special_tokens: bool = True,
-        parse_special: bool = True,
-        return_token_strs: bool = False,
+        self, prompt: Any, messages: Any, add_special_tokens: bool, parse_special: bool, return_token_strs: bool
     ) -> Tokens:
         """The ids that a request with this prompt, or these messages, would have. Raises BadRequestError."""
         if (prompt is None) == (messages is None):
@@ -149,30 +106,39 @@ class Served:
                     raise bad_type("prompt", prompt, "a string")
                 ids = self._from_text(prompt, add_special_tokens, parse_special).ids
             else:
-                ids = self._render(message_list("messages", messages, self._context))
+                ids = self._render(Messages().check("messages", messages, self._context()))
         tokens = Tokens(tokens=ids, count=len(ids), max_model_len=self.engine.max_seq_len)
         if return_token_strs:
-            tokens.set(token_strs=[self.tokenizer.token_string(one) for one in ids])
+            tokens.token_strs = [self.tokenizer.token_string(i) for i in ids]
         return tokens
 
     def detokenize(self, tokens: Any) -> Text:
         """The text of token ids. Raises BadRequestError."""
         if not isinstance(tokens, (list, tuple)):
             raise bad_type("tokens", tokens, "a list of token ids")
-        return Text(prompt=self.tokenizer.decode([token_id("tokens", one, self._context) for one in tokens]))
+        return Text(prompt=self.tokenizer.decode([token_id("tokens", i, self._context()) for i in tokens]))
+
+    def _context(self) -> Context:
+        return Context("chat", self.settings.limits, self.vocab_size)
+
+    def _prompts(self, arguments: Arguments) -> list[Prompt]:
+        """The prompts as token ids. Raises the engine's errors."""
+        if arguments.endpoint == "chat":
+            return [Prompt(self._render(arguments.messages))]
+        return [
+            self._from_text(item, arguments.add_special_tokens, arguments.parse_special)
+            if isinstance(item, str)
+            else from_ids(item, self.tokenizer, arguments.echo)
+            for item in arguments.prompts
+        ]
 
     def _render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         return render(messages, self.tokenizer, self.settings.special_tags, self.engine.max_seq_len)
 
     def _from_text(self, text: str, add_bos: bool, parse_special: bool) -> Prompt:
-        double = self.settings.compat == "anyscale"
+        double_bos, most = self.settings.compat == "anyscale", self.engine.max_seq_len
         return from_text(
-            text,
-            self.tokenizer,
-            self.engine.max_seq_len,
-            add_bos=add_bos,
-            parse_special=parse_special,
-            double_bos=double,
+            text, self.tokenizer, most, add_bos=add_bos, parse_special=parse_special, double_bos=double_bos
         )
 
 
@@ -181,30 +147,26 @@ class Models:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._served: list[Served] = []
-        self._by_name: dict[str, Served] = {}
+        self._served: list[ServedModel] = []
+        self._by_name: dict[str, ServedModel] = {}
         self._pid = os.getpid()
 
     def load(
-        self,
-        model: str | Path,
-        served_name: str | None,
-        aliases: Sequence[str],
-        config: llama.EngineConfig,
-        progress: bool,
-    ) -> Served:
+        self, model: str | Path, served_name: str | None, aliases: Sequence[str], config: EngineConfig, progress: bool
+    ) -> ServedModel:
         """Load a checkpoint and serve it. Raises ValueError for a name that is taken; the engine's errors."""
         name = served_name or Path(model).name or Path(model).resolve().name
         names = list(dict.fromkeys([name, *aliases, str(model)]))
         taken = [name for name in names if name in self._by_name]
         if taken:
             raise ValueError(f"another model is already served as {taken[0]!r}")
-        served = Served(llama.Engine(model, config, progress=progress), names, self.settings)
+        engine = llama.Engine(model, config, progress=progress, limits=self.settings.limits)
+        served = ServedModel(engine, names, self.settings)
         self._served.append(served)
         self._by_name.update(dict.fromkeys(names, served))
         return served
 
-    def find(self, name: Any = None) -> Served:
+    def find(self, name: Any = None) -> ServedModel:
         """The model of that name. Raises NotFoundError; ServiceUnavailableError in a process forked from ours."""
         if os.getpid() != self._pid:
             # Locks and threads do not survive a fork in one piece; nothing of the engine may be touched.
@@ -217,7 +179,7 @@ class Models:
             raise no_such_model(name)
         return self._by_name[name]
 
-    def all(self) -> list[Served]:
+    def all(self) -> list[ServedModel]:
         self.find()
         return list(self._served)
 

@@ -1,4 +1,4 @@
-"""The names of 2023 (openai 0.28) for the errors in `api.errors`: `except api.error.Timeout:` keeps working."""
+"""The names of 2023 (openai 0.28) for the errors in `api.errors`, as `api.error`: `except api.error.Timeout:`."""
 
 from api.errors import (
     APIConnectionError,
