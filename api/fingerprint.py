@@ -37,7 +37,7 @@ def _code() -> bytes:
     digest = hashlib.sha256()
     root = Path(str(llama.__file__)).parents[1]
     for package in ("kernels", "llama"):
-        for path in sorted((root / package).glob("*.py")):
+        for path in sorted((root / package).rglob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())
     for name in ("torch", "triton", "sentencepiece"):
         try:

@@ -14,7 +14,7 @@ from gpu_timer import Call, Ceilings
 
 import kernels
 from kernels import tiles
-from kernels.offline import capture
+from kernels.inspect_sass import capture
 from kernels.tiles import TABLE, AttentionTile, MatmulTile, read_cards
 from llama.config import ModelConfig
 
