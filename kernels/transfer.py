@@ -16,13 +16,15 @@ _ALIGN = 16  # bytes; Triton compiles anew for pointers of another alignment
 
 
 def to_device(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
-    """Contiguous arrays as tensors on the device, in one copy."""
+    """As `kernels.upload`; CPU tensors are for Triton's interpreter."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
     # torch keeps the pinned buffer from being used again before the copy out of it has been made.
     return unpack(pack(arrays, pin_memory=device.type == "cuda").to(device, non_blocking=True), arrays)
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host, which may be read after an event that is recorded behind it."""
+    """As `kernels.fetch`."""
     pinned = tensor.device.type == "cuda"
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).copy_(tensor, non_blocking=True)
 

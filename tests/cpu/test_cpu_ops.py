@@ -52,7 +52,8 @@ def test_rms_norm(rows: int, dim: int, dtype: torch.dtype, with_residual: bool) 
     twin, twin_summed = reference.rms_norm(x, weight, 1e-5, residual)
     assert torch.equal(summed, twin_summed)
     wide = summed.double()
-    check(out, twin, wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double())
+    exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+    check(out, twin, exact, forgiven=max(2.0**-23, torch.finfo(dtype).eps / 8))  # rounded before the weight, too
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
@@ -67,7 +68,7 @@ def test_swiglu(rows: int, ffn: int, dtype: torch.dtype, batch_invariant: bool) 
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP32])
 @pytest.mark.parametrize("n, k", [(361, 353), (1024, 520)])  # row-major, and in oneDNN's layout
 @pytest.mark.parametrize("rows", [1, 3, 16, 17, 40])
 def test_linear(rows: int, n: int, k: int, dtype: torch.dtype, batch_invariant: bool) -> None:

@@ -21,12 +21,12 @@ def attend(q: torch.Tensor, cache: Paged, plan: TritonPlan, workers: int | None 
     return out
 
 
-def check_attention(cache: Paged, q: torch.Tensor, n_queries: list[int]) -> None:
+def check_attention(cache: Paged, q: torch.Tensor, n_queries: list[int], forgiven: float = 2.0**-23) -> None:
     scale = q.shape[2] ** -0.5
     plan = cache.plan(n_queries)
     out = triton_ops.paged_attention(q, cache.k, cache.v, plan, scale)
     twin = reference.paged_attention(q, cache.k, cache.v, plan, scale)
-    check(out, twin, cache.exact(q, n_queries, scale))
+    check(out, twin, cache.exact(q, n_queries, scale), forgiven)
     assert not plan.semaphores.any()
 
 
@@ -58,9 +58,10 @@ def test_single_tokens_among_pieces(dtype: torch.dtype) -> None:
 
 
 def test_large_scores_and_chunks_of_very_different_weight() -> None:
+    """exp2 of such scores is as inexact as the scores' own rounding makes it."""
     cache = Paged.of([700, 260], 1, 64, 64, torch.float32)
-    check_attention(cache, normal(2, 4, 64) * 30, [1, 1])
-    check_attention(cache, normal(302, 4, 64) * 30, [300, 2])
+    check_attention(cache, normal(2, 4, 64) * 30, [1, 1], forgiven=2.0**-21)
+    check_attention(cache, normal(302, 4, 64) * 30, [300, 2], forgiven=2.0**-21)
 
 
 @pytest.mark.parametrize("n_kv_heads", [1, 10])  # chunks of 256 and of 512 keys
