@@ -1,9 +1,10 @@
 """Causal attention over the paged cache, whose bits depend on a row's own tokens and their positions alone.
 
-One arithmetic serves single tokens and prefill: `attend_tile` (an online-softmax step over KEYS keys, arXiv 2307.08691)
-and `fold` (close a chunk of keys into the running result). Tiles and chunks are counted from position 0 of a sequence;
-neither knows how many rows share a tile, where a prefill chunk began, or who else is in the batch. KEYS and the chunk
-length are part of a model's numerics: changing one changes results.
+Single tokens and prefill share their arithmetic: `attend_tile` is an online-softmax step over KEYS keys (arXiv
+2307.08691), and `merge_state` adds a chunk of keys to the running result. A row's state is its maximum m_i, its sum l_i
+and its weighted values acc. Tiles and chunks are counted from position 0 of a sequence. Neither function knows how many
+rows share a tile, where a prefill chunk began, or who else is in the batch. KEYS and the chunk length are part of a
+model's numerics: changing one changes results.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_plan import MAX_KV_HEADS, TILE_POSITIONS, AttentionPlan
+from kernels.attention_plan import MAX_KV_HEADS, TILE_POSITIONS, AttentionPlan, TritonPlan
 from kernels.launch import FLOATS, cdiv, expect, next_power_of_2
 from kernels.tiles import Card, card
 
@@ -25,37 +26,44 @@ HIDDEN = tl.constexpr(-1.0e30)  # a minus infinity that can be subtracted from i
 
 
 def chunk_length(n_kv_heads: int) -> int:
-    """Keys of a chunk, the unit that a sequence is shared out in. Few key heads need more chunks to fill a card."""
+    """Keys of a chunk, the unit of work that programs share. Few key heads need more chunks to fill a card."""
     return 512 if n_kv_heads > 8 else 256
 
 
 @triton.jit
-def attend_tile(q, k, v, visible, top, total, acc, scale):
+def attend_tile(q, k, v, visible, m_i, l_i, acc, scale):
     """One online-softmax step. Every row must see a key of the first tile it is given.
 
-    Row sums go through the matrix unit, as the weights times a tile of ones: tl.sum adds in an order that follows the
-    tile's register layout, and that differs between tiles of 16 and of 128 rows. The maximum is exact in any order.
-    Masked before scaling, and with the fma spelt out, so that both kernels round alike.
+    Row sums go through the matrix unit, as p times a tile of ones: tl.sum adds in the order of the tile's register
+    layout, which differs between tiles of 16 and of 128 rows. The maximum is exact in any order. The mask comes before
+    the scale, and the fma is explicit, so that both kernels round alike.
     """
     scores = tl.where(visible, tl.dot(q, k.T, input_precision="ieee"), HIDDEN)
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    weights = tl.math.exp2(tl.fma(scores, scale, -new_top[:, None])).to(v.dtype)
-    shrink = tl.math.exp2(top - new_top)[:, None]
+    m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
+    p = tl.math.exp2(tl.fma(scores, scale, -m_new[:, None])).to(v.dtype)
+    alpha = tl.math.exp2(m_i - m_new)[:, None]
     ones = tl.full([k.shape[0], 16], 1.0, v.dtype)
-    total = tl.dot(weights, ones, total * shrink, input_precision="ieee")
-    acc = tl.dot(weights, v, acc * shrink, input_precision="ieee")
-    return new_top, total, acc
+    l_i = tl.dot(p, ones, l_i * alpha, input_precision="ieee")
+    acc = tl.dot(p, v, acc * alpha, input_precision="ieee")
+    return m_new, l_i, acc
 
 
 @triton.jit
-def fold(top, total, acc, chunk_top, chunk_total, chunk_acc):
-    """Add a closed chunk to the running result. An empty one of either adds exactly nothing."""
-    new_top = tl.maximum(top, chunk_top)
-    keep = tl.math.exp2(top - new_top)
-    take = tl.math.exp2(chunk_top - new_top)
-    total = tl.fma(total, keep, chunk_total * take)
-    acc = tl.fma(acc, keep[:, None], chunk_acc * take[:, None])
-    return new_top, total, acc
+def empty_state(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(m_i, l_i, acc) of rows that have seen no key."""
+    m_i = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    return m_i, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+
+@triton.jit
+def merge_state(m_i, l_i, acc, m_chunk, l_chunk, acc_chunk):
+    """Add a chunk to the running result. An empty state on either side adds exactly nothing."""
+    m_new = tl.maximum(m_i, m_chunk)
+    keep = tl.math.exp2(m_i - m_new)
+    take = tl.math.exp2(m_chunk - m_new)
+    l_i = tl.fma(l_i, keep, l_chunk * take)
+    acc = tl.fma(acc, keep[:, None], acc_chunk * take[:, None])
+    return m_new, l_i, acc
 
 
 @triton.jit
@@ -76,33 +84,20 @@ def key_offsets(
 
 @triton.jit
 def attend_chunk(
-    q,
-    positions,
-    k_ptr,
-    v_ptr,
-    table,
-    start,
-    end,
-    head,
-    scale,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    KV_BLOCK: tl.constexpr,
-    KVH: tl.constexpr,
-    D: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    q, positions, k_ptr, v_ptr, table, start, end, head, scale,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    KV_BLOCK: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Keys start .. end - 1 of one head against the rows of q; positions: one for all rows, or [BLOCK_M, 1].
-    Returns (top, total, acc)."""
+    Returns (m_i, l_i, acc)."""
     offs = tl.arange(0, BLOCK_KEYS)
     dims = tl.arange(0, BLOCK_D)[None, :]
-    top = tl.full([BLOCK_M], HIDDEN, tl.float32)
-    total = tl.zeros([BLOCK_M, 16], tl.float32)
+    m_i = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    l_i = tl.zeros([BLOCK_M, 16], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for tile in tl.range(start, end, BLOCK_KEYS, num_stages=STAGES):
         at = tile + offs
-        # What lies past the end may be another sequence's, or NaN, and 0 * NaN is NaN: it is not read at all.
+        # Nothing past the end is read: it may be another sequence's NaN, and 0 * NaN is NaN.
         inside = (at < end)[:, None]
         if BLOCK_D != D:
             inside = inside & (dims < D)
@@ -110,40 +105,22 @@ def attend_chunk(
         k = tl.load(k_ptr + cell, mask=inside, other=0.0)
         v = tl.load(v_ptr + cell, mask=inside, other=0.0)
         visible = (at[None, :] <= positions) & (at[None, :] < end)
-        top, total, acc = attend_tile(q, k, v, visible, top, total, acc, scale)
-    return top, tl.max(total, 1), acc  # the 16 columns of total are equal
+        m_i, l_i, acc = attend_tile(q, k, v, visible, m_i, l_i, acc, scale)
+    return m_i, tl.max(l_i, 1), acc  # the 16 columns of l_i are equal
 
 
 @triton.jit(do_not_specialize=["table_width", "max_chunks"])
 def decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    starts_ptr,
-    lengths_ptr,
-    tables_ptr,
-    part_ptr,
-    part_sum_ptr,
-    arrival_ptr,
-    scale,
-    table_width,
-    max_chunks,
-    H: tl.constexpr,
-    KVH: tl.constexpr,
-    D: tl.constexpr,
-    KV_BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, out_ptr, starts_ptr, lengths_ptr, tables_ptr, part_ptr, part_sum_ptr, semaphore_ptr,
+    scale, table_width, max_chunks,
+    H: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr, KV_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """grid (sequences, key heads, workers), for the sequences with one query.
 
-    The query heads of a key head are the rows of its tile. Worker w takes chunks w, w + workers, ... and the last one
-    to finish folds all of them in order, so the number of workers changes no bit. A sequence of length 0 pads a
-    captured graph.
+    The query heads of a key head are the rows of its tile. Worker w takes chunks w, w + workers, ... The last worker to
+    finish merges all chunks in order, so the number of workers changes no bit. A sequence of length 0 pads a captured
+    graph.
     """
     sequence = tl.program_id(0)
     head = tl.program_id(1)
@@ -169,59 +146,44 @@ def decode_kernel(
     part = (sequence.to(tl.int64) * H + head * GROUP + member) * max_chunks
     for c in range(worker, chunks, workers):
         end = tl.minimum(c * CHUNK + CHUNK, length)
-        top, total, acc = attend_chunk(
+        m_i, l_i, acc = attend_chunk(
             q, length - 1, k_ptr, v_ptr, table, c * CHUNK, end, head, scale,
             BLOCK_M, BLOCK_D, BLOCK_KEYS, KV_BLOCK, KVH, D, STAGES,
         )  # fmt: skip
         if chunks == 1:
-            tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=cells)
+            tl.store(out_at, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=cells)
         else:
             tl.store(part_ptr + (part + c)[:, None] * D + dims, acc, mask=cells)
-            tl.store(part_sum_ptr + (part + c) * 2, top, mask=live)
-            tl.store(part_sum_ptr + (part + c) * 2 + 1, total, mask=live)
+            tl.store(part_sum_ptr + (part + c) * 2, m_i, mask=live)
+            tl.store(part_sum_ptr + (part + c) * 2 + 1, l_i, mask=live)
     if chunks > 1:
         tl.debug_barrier()  # every thread's stores come before the release
-        arrival_at = arrival_ptr + sequence * KVH + head
-        if tl.atomic_add(arrival_at, 1, sem="acq_rel", scope="gpu") == active - 1:
-            top = tl.full([BLOCK_M], HIDDEN, tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        semaphore = semaphore_ptr + sequence * KVH + head
+        if tl.atomic_add(semaphore, 1, sem="acq_rel", scope="gpu") == active - 1:
+            m_i, l_i, acc = empty_state(BLOCK_M, BLOCK_D)
             for c in range(chunks):
-                part_acc_at = part_ptr + (part + c)[:, None] * D + dims
-                part_acc = tl.load(part_acc_at, mask=cells, other=0.0, cache_modifier=".cg")
-                part_top = tl.load(part_sum_ptr + (part + c) * 2, mask=live, other=HIDDEN, cache_modifier=".cg")
-                part_total = tl.load(part_sum_ptr + (part + c) * 2 + 1, mask=live, other=1.0, cache_modifier=".cg")
-                top, total, acc = fold(top, total, acc, part_top, part_total, part_acc)
-            tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=cells)
-            tl.store(arrival_at, 0)  # ready for the next layer, and the next replay of a captured graph
+                acc_part_at = part_ptr + (part + c)[:, None] * D + dims
+                acc_part = tl.load(acc_part_at, mask=cells, other=0.0, cache_modifier=".cg")
+                m_part = tl.load(part_sum_ptr + (part + c) * 2, mask=live, other=HIDDEN, cache_modifier=".cg")
+                l_part = tl.load(part_sum_ptr + (part + c) * 2 + 1, mask=live, other=1.0, cache_modifier=".cg")
+                m_i, l_i, acc = merge_state(m_i, l_i, acc, m_part, l_part, acc_part)
+            tl.store(out_at, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=cells)
+            tl.store(semaphore, 0)  # ready for the next layer, and the next replay of a captured graph
 
 
 @triton.jit(do_not_specialize=["table_width"])
 def prefill_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    starts_ptr,
-    lengths_ptr,
-    tables_ptr,
-    tiles_ptr,
-    scale,
-    table_width,
-    H: tl.constexpr,
-    KVH: tl.constexpr,
-    D: tl.constexpr,
-    KV_BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    PER_TILE: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, starts_ptr, lengths_ptr, tables_ptr, tiles_ptr, scale, table_width,
+    H: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr, KV_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_KEYS: tl.constexpr, PER_TILE: tl.constexpr,
     STAGES: tl.constexpr,
-):
-    """grid (tiles * PER_TILE, query heads). Row tiles lie at absolute multiples of BLOCK_M: a chunk of a prompt that
-    begins at position 200 starts inside the tile 128..255. No tile straddles two key chunks. Tile -1 of any sequence
-    ends before its first query: the padding of a captured graph."""
+):  # fmt: skip
+    """grid (tiles * PER_TILE, query heads).
+
+    Row tiles lie at absolute multiples of BLOCK_M: a chunk of a prompt that begins at position 200 starts inside the
+    tile 128..255. No tile straddles two key chunks. Tile -1 of any sequence ends before its first query; it pads a
+    captured graph.
+    """
     tl.static_assert(CHUNK % BLOCK_M == 0)
     work = tl.program_id(0)
     head = tl.program_id(1)
@@ -241,26 +203,23 @@ def prefill_kernel(
     at = ((query + positions - first).to(tl.int64) * H + head) * D + dims
     q = tl.load(q_ptr + at, mask=cells, other=0.0)
     table = tables_ptr + sequence.to(tl.int64) * table_width
-    top = tl.full([BLOCK_M], HIDDEN, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m_i, l_i, acc = empty_state(BLOCK_M, BLOCK_D)
     for start in range(0, end, CHUNK):
-        chunk_top, chunk_total, chunk_acc = attend_chunk(
+        m_chunk, l_chunk, acc_chunk = attend_chunk(
             q, positions, k_ptr, v_ptr, table, start, tl.minimum(start + CHUNK, end), head // (H // KVH), scale,
             BLOCK_M, BLOCK_D, BLOCK_KEYS, KV_BLOCK, KVH, D, STAGES,
         )  # fmt: skip
-        top, total, acc = fold(top, total, acc, chunk_top, chunk_total, chunk_acc)
-    tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=cells)
+        m_i, l_i, acc = merge_state(m_i, l_i, acc, m_chunk, l_chunk, acc_chunk)
+    tl.store(out_ptr + at, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=cells)
 
 
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float, *, batch_invariant: bool = False
 ) -> Tensor:
-    """As its twin; the same kernels with and without batch_invariant. Rows of sequences of length 0, and of none, stay
-    unwritten."""
-    if plan.triton is None:
+    """The same kernels with and without batch_invariant. Rows of no sequence, or of one of length 0, stay unwritten."""
+    if not isinstance(plan, TritonPlan):
         raise ValueError(f"plan: expected one made for Triton kernels on {q.device}, got one without that part")
-    expect("q", q, (plan.triton.n_rows, None, None), FLOATS, q.device)
+    expect("q", q, (plan.n_rows, None, None), FLOATS, q.device)
     n_heads, head_dim = q.shape[1:]
     expect("k_cache", k_cache, (None, None, None, head_dim), q.dtype, q.device)
     expect("v_cache", v_cache, tuple(k_cache.shape), q.dtype, q.device)
@@ -274,8 +233,8 @@ def paged_attention(
     expect("plan.cu_seqlens_q", plan.cu_seqlens_q, (n_seqs + 1,), torch.int32, q.device)
     expect("plan.block_tables", plan.block_tables, (n_seqs, None), torch.int32, q.device)
     num_blocks, block_size = k_cache.shape[:2]
-    if plan.triton.last_block >= num_blocks:
-        raise ValueError(f"plan.block_tables: expected blocks below {num_blocks}, got {plan.triton.last_block}")
+    if plan.last_block >= num_blocks:
+        raise ValueError(f"plan.block_tables: expected blocks below {num_blocks}, got {plan.last_block}")
     if plan.max_seqlen_k > plan.block_tables.shape[1] * block_size:
         given = f"{plan.block_tables.shape[1]} blocks of {block_size}"
         raise ValueError(f"plan.block_tables: expected blocks for {plan.max_seqlen_k} keys, got {given}")
@@ -288,49 +247,40 @@ def launch_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    plan: AttentionPlan,
+    plan: TritonPlan,
     scale: float,
     out: Tensor,
     workers: int | None = None,
-    wants: Card | None = None,
+    tiles: Card | None = None,
 ) -> None:
     """The launches behind `paged_attention`: one for single tokens, one for longer pieces, both in a mixed batch.
 
-    out may be of another dtype than q, and workers any number (tests ask for equal bits of both). wants: tiles to use
-    instead of the card's own, for tuning.
+    out may be of another dtype than q, and workers any number; tests want equal bits of both. tiles: used instead of
+    the card's own, for tuning.
     """
-    work = plan.triton
-    assert work is not None
     n_heads, head_dim = q.shape[1:]
     block_size, n_kv_heads = k_cache.shape[1:3]
-    this, fp32 = wants or card(), q.dtype == torch.float32
+    tiles, fp32 = tiles or card(), q.dtype == torch.float32
     lengths = (plan.cu_seqlens_q, plan.seqlens_k, plan.block_tables)
     scale *= math.log2(math.e)  # the kernels raise 2, not e
-    shape = {
-        "H": n_heads,
-        "KVH": n_kv_heads,
-        "D": head_dim,
-        "KV_BLOCK": block_size,
-        "CHUNK": chunk_length(n_kv_heads),
-        "BLOCK_D": max(16, next_power_of_2(head_dim)),
-        "BLOCK_KEYS": KEYS,
-    }
+    shape = {"H": n_heads, "KVH": n_kv_heads, "D": head_dim, "KV_BLOCK": block_size, "CHUNK": chunk_length(n_kv_heads)}
+    shape |= {"BLOCK_D": max(16, next_power_of_2(head_dim)), "BLOCK_KEYS": KEYS}
     width = plan.block_tables.shape[1]
-    if work.single:
+    if plan.single:
         n_seqs = len(plan.seqlens_k)
         max_chunks = cdiv(plan.max_seqlen_k, chunk_length(n_kv_heads))
-        workers = min(max_chunks, workers or max(1, this.decode_programs // (n_seqs * n_kv_heads)))
+        workers = min(max_chunks, workers or max(1, tiles.decode_programs // (n_seqs * n_kv_heads)))
         part = torch.empty((n_seqs * n_heads * max_chunks, head_dim), dtype=torch.float32, device=q.device)
         part_sum = torch.empty((n_seqs * n_heads * max_chunks, 2), dtype=torch.float32, device=q.device)
-        tile = this.attention_fp32 if fp32 else this.decode
+        tile = tiles.attention_fp32 if fp32 else tiles.decode
         decode_kernel[(n_seqs, n_kv_heads, workers)](
-            q, k_cache, v_cache, out, *lengths, part, part_sum, work.arrivals, scale, width, max_chunks, **shape,
+            q, k_cache, v_cache, out, *lengths, part, part_sum, plan.semaphores, scale, width, max_chunks, **shape,
             BLOCK_M=max(16, next_power_of_2(n_heads // n_kv_heads)), STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
-    if len(work.tiles):
-        tile = this.attention_fp32 if fp32 else this.prefill
+    if len(plan.tiles):
+        tile = tiles.attention_fp32 if fp32 else tiles.prefill
         per_tile = TILE_POSITIONS // tile.block_m
-        prefill_kernel[(len(work.tiles) * per_tile, n_heads)](
-            q, k_cache, v_cache, out, *lengths, work.tiles, scale, width, **shape,
+        prefill_kernel[(len(plan.tiles) * per_tile, n_heads)](
+            q, k_cache, v_cache, out, *lengths, plan.tiles, scale, width, **shape,
             BLOCK_M=tile.block_m, PER_TILE=per_tile, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Where a call runs, which card its kernel is made for, and the checks every kernel's wrapper makes before it launches.
+"""Which card a kernel is compiled for, and the checks that every kernel's wrapper makes before it launches.
 
-This is the one file that asks whether triton is there (it exists for Linux only); the kernel files import it plainly
-and are imported only where it is.
+This file alone asks whether triton is installed (it exists for Linux only). The kernel files import it plainly and are
+imported only where it is.
 """
 
 from __future__ import annotations
@@ -22,13 +22,8 @@ INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def runs_triton(device: torch.device) -> bool:
-    """Do operations on this device run as Triton kernels, rather than as their plain-torch twins?"""
-    return device.type != "cpu" or INTERPRET
-
-
 def gpu_arch() -> int:
-    """The architecture of the card a launch goes to: 80, 90, 100 ... The interpreter runs what sm_90 would run."""
+    """The architecture of the current card: 80, 90, 100 ... The interpreter runs what sm_90 would run."""
     return 90 if INTERPRET else int(driver.active.get_current_target().arch)
 
 
@@ -39,12 +34,10 @@ def expect(
     dtypes: torch.dtype | tuple[torch.dtype, ...],
     device: torch.device,
 ) -> None:
-    """A ValueError that names the argument unless it is a contiguous tensor like that. None in shape: any size."""
-    if tensor.dim() != len(shape) or any(
-        want is not None and want != n for want, n in zip(shape, tensor.shape, strict=True)
-    ):
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
+    """Raise a ValueError that names the argument unless it is such a tensor, contiguous. None in shape: any size."""
+    if tensor.dim() != len(shape) or any(n not in (None, size) for n, size in zip(shape, tensor.shape, strict=True)):
+        expected = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(tensor.shape)}")
     if tensor.dtype not in (dtypes if isinstance(dtypes, tuple) else (dtypes,)):
         raise ValueError(f"{name}: expected dtype {dtypes}, got {tensor.dtype}")
     if tensor.device != device:

@@ -1,10 +1,4 @@
-"""`LinearWeight`: one matrix of the model, laid out the way its device multiplies fastest.
-
-On CUDA it is the row-major [n, k] tensor itself. On x86 CPUs, oneDNN keeps its own blocked copy and the row-major one
-is dropped, so a weight is held in memory once. Measured on two cores with AVX-512 (768 to 32,000 columns): blocked
-bf16 is 1.4-1.8x faster than `F.linear` at 1 to 256 rows; blocked fp32 1.2-2.6x at 8 to 64 rows, but up to a quarter
-slower at one.
-"""
+"""`LinearWeight`: one matrix of the model, laid out the way its device multiplies fastest."""
 
 from __future__ import annotations
 
@@ -13,13 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.launch import runs_triton
-from kernels.pages import on_large_pages
-
-# Below this many bytes the call overhead of the blocked form (12 us) costs more than its layout saves.
-_PACK_BYTES = 1 << 20
-# The row count that oneDNN lays the weight out for; the layout for 16 rows also serves 1 and 256 within a few per cent.
-_PACK_ROWS = 16
 # A sum is split only where there are fewer tiles than this: with more, the card is full without it.
 SPLIT_TILES = 512
 
@@ -28,16 +15,16 @@ SPLIT_TILES = 512
 class LinearWeight:
     """A weight for `linear`.
 
-    data: [n, k] row-major, or an opaque oneDNN tensor when `blocked`.
-    arrivals: [SPLIT_TILES] int32 zeros, where the programs that share a sum on CUDA count themselves; None on the CPU.
-    rows: a second copy that is read row by row, for who asked for it: [n, k] row-major, or of bf16 `pair_columns`.
+    data: [n, k] row-major, or an opaque oneDNN tensor when `blocked`, as on the CPU.
+    semaphores: [SPLIT_TILES] int32 zeros on CUDA, where the programs that share a sum count themselves.
+    rows: on the CPU, a second copy to be read row by row, if asked for: [n, k] row-major, or of bf16 `pair_columns`.
     """
 
     data: Tensor
     n: int
     k: int
     blocked: bool
-    arrivals: Tensor | None = None
+    semaphores: Tensor | None = None
     rows: Tensor | None = None
 
     @property
@@ -48,34 +35,8 @@ class LinearWeight:
         return self.rows
 
 
-def pack_weight(weight: Tensor, keep_rows: bool = False) -> LinearWeight:
-    """Lay out weight [n, k] (fp32, bf16 or fp16) for `linear` on its own device. The caller drops its own reference.
-
-    keep_rows: on the CPU, hold `rows` as well, at twice the memory.
-    """
+def pack_weight(weight: Tensor) -> LinearWeight:
+    """As `kernels.pack_weight`, for the Triton kernels: the row-major tensor itself."""
     n, k = weight.shape
-    if runs_triton(weight.device):
-        arrivals = torch.zeros(SPLIT_TILES, dtype=torch.int32, device=weight.device)
-        return LinearWeight(weight.contiguous(), n, k, False, arrivals)
-    rows = None
-    if keep_rows:
-        rows = on_large_pages(pair_columns(weight) if weight.dtype == torch.bfloat16 and k % 2 == 0 else weight)
-    blocked = (
-        weight.numel() * weight.dtype.itemsize >= _PACK_BYTES
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    )
-    if blocked:
-        data = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_ROWS)
-    else:
-        data = weight.contiguous()
-    return LinearWeight(data, n, k, blocked, rows=rows)
-
-
-def pair_columns(weight: Tensor) -> Tensor:
-    """bf16 [n, k], k even, as int32 [n, k / 2]: column j is the low half of an element, column j + k / 2 the high half.
-
-    A bf16 number is the upper half of an fp32 one, so that a shift or a mask widens it.
-    """
-    n, k = weight.shape
-    return weight.reshape(n, 2, k // 2).transpose(1, 2).contiguous().view(torch.int32).view(n, k // 2)
+    semaphores = torch.zeros(SPLIT_TILES, dtype=torch.int32, device=weight.device)
+    return LinearWeight(weight.contiguous(), n, k, False, semaphores)

@@ -1,10 +1,10 @@
 """x @ weight.T, summed in fp32: one kernel for any number of rows, and a second form of it for many.
 
-The bits of an output do not depend on the number of rows: it is one accumulator over ascending k, sixteen products at a
-time, which the matrix units of Hopper and Blackwell add alike in every instruction (arXiv 2511.10909). Tiles, stages,
-warps and who fetches the operands are therefore free: threads by pointers, or the copy engine of sm_90 and later (TMA)
-by descriptors. A weight is never split along k for some row counts only; `batch_invariant=False` gives that up, for
-split sums at a few rows and for torch.matmul at many.
+The bits of an output do not depend on the number of rows: one accumulator runs over ascending k, sixteen products at a
+time, which the matrix units of Hopper and Blackwell add alike in every instruction (arXiv 2511.10909). So tiles,
+stages and warps are free, and so is who fetches the operands: threads by pointers, or the copy engine of sm_90 and
+later (TMA) by descriptors. A weight is never split along k for some row counts only. `batch_invariant=False` gives that
+up, for split sums at a few rows and for torch.matmul at many.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -34,28 +34,15 @@ def in_bands(program, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def matmul_kernel(
-    x_ptr,
-    weight_ptr,
-    out_ptr,
-    part_ptr,
-    arrival_ptr,
-    M,
-    N,
-    K,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    FEW: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    x_ptr, weight_ptr, out_ptr, part_ptr, semaphore_ptr, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    FEW: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """grid (column tiles, row tiles, SPLIT).
 
     EVEN_K: BLOCK_K divides K, so k needs no mask; true of every Llama-2. FEW: rows past M cost no traffic (masked
     loads); otherwise they re-read row 0, so that no load has a mask. Columns past N always re-read row 0 of the weight.
-    Neither is stored. SPLIT > 1: the last program of a tile to arrive adds the parts in their order.
+    Neither is stored. SPLIT > 1: the last program of a tile to finish adds the parts in their order.
     """
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if not FEW:
@@ -93,29 +80,24 @@ def matmul_kernel(
         part = M.to(tl.int64) * N
         tl.store(part_ptr + split * part + at, acc, mask=stored)
         tl.debug_barrier()  # every thread's stores come before the release
-        arrival_at = arrival_ptr + tile_m * tl.num_programs(0) + tile_n
-        if tl.atomic_add(arrival_at, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
-            total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        semaphore = semaphore_ptr + tile_m * tl.num_programs(0) + tile_n
+        if tl.atomic_add(semaphore, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
+            summed = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for s in tl.static_range(SPLIT):
-                total += tl.load(part_ptr + s * part + at, mask=stored, other=0.0, cache_modifier=".cg")
-            tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=stored)
-            tl.store(arrival_at, 0)  # ready for the next launch
+                summed += tl.load(part_ptr + s * part + at, mask=stored, other=0.0, cache_modifier=".cg")
+            tl.store(out_ptr + at, summed.to(out_ptr.dtype.element_ty), mask=stored)
+            tl.store(semaphore, 0)  # ready for the next launch
 
 
 @triton.jit
 def matmul_tma_kernel(
-    x_desc,
-    weight_desc,
-    out_desc,
-    K,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """grid (column tiles, row tiles). The same sums as `matmul_kernel`, for many rows. What a tile has past M, N or K
-    is read as zeros, which add nothing, and is not stored: the descriptors know the ends."""
+    x_desc, weight_desc, out_desc, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """grid (column tiles, row tiles). The same sums as `matmul_kernel`, for many rows.
+
+    The descriptors know the ends: past M, N or K they read zeros, which add nothing, and store nothing.
+    """
     column_tiles = tl.num_programs(0)
     program = tl.program_id(1) * column_tiles + tl.program_id(0)
     tile_m, tile_n = in_bands(program, tl.num_programs(1), column_tiles, GROUP)
@@ -127,10 +109,10 @@ def matmul_tma_kernel(
 
 
 def linear(x: Tensor, weight: LinearWeight, *, batch_invariant: bool = False) -> Tensor:
-    """As its twin. batch_invariant=False: torch.matmul for many rows, split sums for a few."""
+    """batch_invariant=False: torch.matmul for many rows, split sums for a few."""
     expect("x", x, (None, weight.k), FLOATS, x.device)
     expect("weight", weight.data, (weight.n, weight.k), x.dtype, x.device)
-    if weight.arrivals is None:
+    if weight.semaphores is None:
         raise ValueError(f"weight: expected one that pack_weight made on {x.device}, got one without counters")
     if not batch_invariant and len(x) >= card().library_rows:
         return x @ weight.data.T
@@ -142,13 +124,13 @@ def linear(x: Tensor, weight: LinearWeight, *, batch_invariant: bool = False) ->
 
 
 def launch_matmul(x: Tensor, weight: LinearWeight, out: Tensor, tile: MatmulTile, splits: int) -> None:
-    """The launch behind `linear`, with any tile; out may be of another dtype than x (tests compare fp32 sums)."""
+    """The launch behind `linear`, with any tile. out may be of another dtype than x: tests compare fp32 sums."""
     rows = len(x)
     grid = (cdiv(weight.n, tile.block_n), cdiv(rows, tile.block_m), splits)
     shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     if tile.tma and splits == 1 and _fits_descriptors(x, weight.data, out):
-        # Made anew for every launch, on the host: some microseconds, which a product of many rows hides. In a captured
-        # graph they are arguments like others.
+        # The host makes descriptors anew for every launch; a product of many rows hides that time. In a captured graph
+        # they are arguments like others.
         matmul_tma_kernel[grid](
             TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
             TensorDescriptor.from_tensor(weight.data, [tile.block_n, tile.block_k]),
@@ -160,12 +142,12 @@ def launch_matmul(x: Tensor, weight: LinearWeight, out: Tensor, tile: MatmulTile
     if splits > 1:
         part = torch.empty((splits, rows, weight.n), dtype=torch.float32, device=x.device)
     matmul_kernel[grid](
-        x, weight.data, out, part, weight.arrivals, rows, weight.n, weight.k, **shape,
+        x, weight.data, out, part, weight.semaphores, rows, weight.n, weight.k, **shape,
         EVEN_K=weight.k % tile.block_k == 0, FEW=rows <= 256 and tile.block_m <= 64, GROUP=_GROUP,
         SPLIT=splits, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
 
 
 def _fits_descriptors(*matrices: Tensor) -> bool:
-    """The copy engine wants every row to begin at a multiple of 16 bytes."""
+    """The copy engine needs every row to begin at a multiple of 16 bytes."""
     return all(m.data_ptr() % 16 == 0 and m.shape[1] * m.itemsize % 16 == 0 for m in matrices)

@@ -39,12 +39,12 @@ def rms_norm(
     if residual is not None:
         expect("residual", residual, (rows, dim), x.dtype, x.device)
     out = torch.empty_like(x)
-    total = x if residual is None else torch.empty_like(x)
+    summed = x if residual is None else torch.empty_like(x)
     if rows:
         block = next_power_of_2(dim)
         # 8 elements a thread and load; a row of 8192 in 8 warps spills on sm_100.
         warps = 4 if block <= 2048 else 8 if block <= 4096 else 16
         rms_norm_kernel[(rows,)](
-            x, residual, weight, out, total, eps, D=dim, BLOCK_D=block, ADD=residual is not None, num_warps=warps
+            x, residual, weight, out, summed, eps, D=dim, BLOCK_D=block, ADD=residual is not None, num_warps=warps
         )
-    return out, total
+    return out, summed

@@ -13,23 +13,13 @@ from kernels.launch import FLOATS, cdiv, expect, next_power_of_2
 _BLOCK_HEADS = 32  # fewer heads per program lose the 128-bit stores
 
 
-# Positions and cache rows are slices of one buffer, aligned or not as the row count falls: one program serves both.
+# Positions and cache rows are slices of one buffer, whose alignment depends on the row count: one program serves all.
 @triton.jit(do_not_specialize_on_alignment=["position_ptr", "kv_index_ptr"])
 def rope_write_kernel(
-    qkv_ptr,
-    cos_sin_ptr,
-    position_ptr,
-    kv_index_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    H: tl.constexpr,
-    KVH: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
-    """grid (rows, ceil((H + 2 * KVH) / BLOCK_H)). Half-split layout: dimension i turns with i + D / 2."""
+    qkv_ptr, cos_sin_ptr, position_ptr, kv_index_ptr, q_ptr, k_ptr, v_ptr,
+    H: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """grid (rows, ceil((H + 2 * KVH) / BLOCK_H)). Half-split layout: dimension i rotates with i + D / 2."""
     HALF: tl.constexpr = D // 2
     row = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
@@ -45,12 +35,12 @@ def rope_write_kernel(
     first = tl.load(at, mask=live, other=0.0)
     second = tl.load(at + HALF, mask=live, other=0.0)
     a, b = first.to(tl.float32), second.to(tl.float32)
-    turned = head < H + KVH
-    first = tl.where(turned, (a * cos - b * sin).to(first.dtype), first)
-    second = tl.where(turned, (b * cos + a * sin).to(second.dtype), second)
+    rotated = head < H + KVH
+    first = tl.where(rotated, (a * cos - b * sin).to(first.dtype), first)
+    second = tl.where(rotated, (b * cos + a * sin).to(second.dtype), second)
 
     is_q = live & (head < H)
-    is_k = live & turned & (head >= H) & (kv_index >= 0)
+    is_k = live & rotated & (head >= H) & (kv_index >= 0)
     is_v = live & (head >= H + KVH) & (kv_index >= 0)
     q_at = q_ptr + row * (H * D) + head * D + dim
     k_at = k_ptr + kv_index * (KVH * D) + (head - H) * D + dim
@@ -66,7 +56,6 @@ def rope_write_kernel(
 def rope_write(
     qkv: Tensor, cos_sin: Tensor, positions: Tensor, kv_index: Tensor, k_cache: Tensor, v_cache: Tensor, n_heads: int
 ) -> Tensor:
-    """As its twin; in a captured graph, padding rows have kv_index -1 and write nothing to the cache."""
     device = qkv.device
     expect("k_cache", k_cache, (None, None, None, None), FLOATS, device)
     expect("v_cache", v_cache, tuple(k_cache.shape), k_cache.dtype, device)
@@ -81,18 +70,8 @@ def rope_write(
     q = torch.empty((rows, n_heads, head_dim), dtype=qkv.dtype, device=device)
     if rows:
         rope_write_kernel[(rows, cdiv(n_heads + 2 * n_kv_heads, _BLOCK_HEADS))](
-            qkv,
-            cos_sin,
-            positions,
-            kv_index,
-            q,
-            k_cache,
-            v_cache,
-            H=n_heads,
-            KVH=n_kv_heads,
-            D=head_dim,
-            BLOCK_H=_BLOCK_HEADS,
-            BLOCK_HALF=next_power_of_2(head_dim // 2),
-            num_warps=4,
-        )
+            qkv, cos_sin, positions, kv_index, q, k_cache, v_cache,
+            H=n_heads, KVH=n_kv_heads, D=head_dim,
+            BLOCK_H=_BLOCK_HEADS, BLOCK_HALF=next_power_of_2(head_dim // 2), num_warps=4,
+        )  # fmt: skip
     return q

@@ -1,8 +1,8 @@
 """From logits to token ids and logprobs on the device: no sort, no scan, no host round trip.
 
-One row per program, held in registers: no other row can reach its arithmetic. What a sort would find (the k-th largest
-probability, the smallest set that holds top_p of the mass, the token a random number points at) is found by building
-the answer bit by bit, from the highest, with one sum over the row per bit.
+A program holds one row in registers, so no other row can reach its arithmetic. It builds what a sort would find bit by
+bit, from the highest, with one sum over the row per bit: the k-th largest probability, the smallest set that holds
+top_p of the mass, the token that a random number points at.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import cdiv, expect, next_power_of_2
+from kernels.reference import Filters
 
 _ENTRIES = 128
 ONE_BITS = tl.constexpr(0x3F800000)  # 1.0 as an integer; floats >= 0 are ordered as their bits are
@@ -23,19 +24,19 @@ TOP_BIT = tl.constexpr(1 << 29)  # the highest that a number in [0, 1] has
 @triton.jit
 def threshold(bits, weight, goal):
     """The largest t for which the weights of the entries with bits >= t add up to goal or more; 0 if there is none."""
-    found = 0
+    largest = 0
     bit = TOP_BIT
     while bit > 0:
-        t = found + bit
-        found = tl.where(tl.sum(tl.where(bits >= t, weight, 0.0), 0) >= goal, t, found)
+        t = largest + bit
+        largest = tl.where(tl.sum(tl.where(bits >= t, weight, 0.0), 0) >= goal, t, largest)
         bit = bit // 2
-    return found
+    return largest
 
 
 @triton.jit
 def draw(x, best, ids, temperature, top_k, top_p, min_p, u):
     """A token of the filtered distribution, by inverse transform in order of ids. x: the row, -inf past its end."""
-    # The best logit is taken off first, so that a tiny temperature cannot overflow: its probability, not normed, is 1.
+    # The best logit is subtracted first, so that a tiny temperature cannot overflow. Its probability, not normed, is 1.
     prob = tl.exp((x - best) / temperature)
     bits = prob.to(tl.int32, bitcast=True)
     floor = min_p.to(tl.int32, bitcast=True)
@@ -44,7 +45,7 @@ def draw(x, best, ids, temperature, top_k, top_p, min_p, u):
         last = threshold(bits, 1.0, top_k.to(tl.float32))
         above = bits > last
         tied = top_k.to(tl.float32) - tl.sum(above.to(tl.float32), 0)
-        # Of the tokens tied with the last one, as many count as top_k has room for. (Fewer tokens than top_k: all.)
+        # Of the tokens tied with the last one, as many count as top_k has room for; with fewer tokens than top_k, all.
         if last > 0:
             kept = tl.sum(tl.where(above, prob, 0.0), 0) + tied * last.to(tl.float32, bitcast=True)
         floor = tl.maximum(floor, last)
@@ -53,30 +54,22 @@ def draw(x, best, ids, temperature, top_k, top_p, min_p, u):
     prob = tl.where(bits >= tl.minimum(floor, ONE_BITS), prob, 0.0)  # the best token always stays
 
     total = tl.sum(prob, 0)
-    # u * total may round up to total, which no running sum exceeds: then the last token kept is meant.
+    # u * total may round up to total, which no running sum exceeds: then the last token kept.
     below_total = (total.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
-    wanted = tl.minimum(u * total, below_total)
+    goal = tl.minimum(u * total, below_total)
     token = 0
     bit = x.shape[0] // 2
     while bit > 0:
         t = token + bit
-        token = tl.where(tl.sum(tl.where(ids < t, prob, 0.0), 0) <= wanted, t, token)
+        token = tl.where(tl.sum(tl.where(ids < t, prob, 0.0), 0) <= goal, t, token)
         bit = bit // 2
     return token
 
 
 @triton.jit
 def sample_kernel(
-    logits_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    uniform_ptr,
-    out_ptr,
-    V,
-    BLOCK: tl.constexpr,
-):
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, uniform_ptr, out_ptr, V, BLOCK: tl.constexpr
+):  # fmt: skip
     """grid (rows,); BLOCK >= V."""
     row = tl.program_id(0).to(tl.int64)
     ids = tl.arange(0, BLOCK)
@@ -93,30 +86,23 @@ def sample_kernel(
     tl.store(out_ptr + row, tl.where(broken, -1, token).to(tl.int64))
 
 
-def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor
-) -> Tensor:
+def sample(logits: Tensor, filters: Filters, uniforms: Tensor) -> Tensor:
     device = logits.device
     expect("logits", logits, (None, None), torch.float32, device)
     rows, vocab = logits.shape
-    expect("temperature", temperature, (rows,), torch.float32, device)
-    expect("top_k", top_k, (rows,), torch.int64, device)
-    expect("top_p", top_p, (rows,), torch.float32, device)
-    expect("min_p", min_p, (rows,), torch.float32, device)
+    for name, values in filters._asdict().items():
+        expect(name, values, (rows,), torch.int64 if name == "top_k" else torch.float32, device)
     expect("uniforms", uniforms, (rows,), torch.float32, device)
     out = torch.empty(rows, dtype=torch.int64, device=device)
     if rows:
         block = next_power_of_2(vocab)
-        sample_kernel[(rows,)](
-            logits, temperature, top_k, top_p, min_p, uniforms, out, vocab,
-            BLOCK=block, num_warps=_warps(block),
-        )  # fmt: skip
+        sample_kernel[(rows,)](logits, *filters, uniforms, out, vocab, BLOCK=block, num_warps=_warps(block))
     return out
 
 
 @triton.jit(do_not_specialize=["n_top"])
 def token_logprobs_kernel(logits_ptr, token_ptr, chosen_ptr, top_ids_ptr, top_ptr, V, n_top, BLOCK: tl.constexpr):
-    """grid (rows,). The best ones one after another: the largest logit that is left, the lowest id among equals."""
+    """grid (rows,). Each of the n_top passes takes the largest logit that is left, the lowest id among equals."""
     row = tl.program_id(0).to(tl.int64)
     ids = tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + row * V + ids, mask=ids < V, other=-float("inf"))
@@ -126,7 +112,7 @@ def token_logprobs_kernel(logits_ptr, token_ptr, chosen_ptr, top_ids_ptr, top_pt
     tl.store(chosen_ptr + row, tl.load(logits_ptr + row * V + token) - best - log_total)
     for rank in range(n_top):
         top = tl.max(x, 0)
-        # In a row of NaN nothing equals top: any id will do, as long as it is one.
+        # In a row of NaN nothing equals top; any valid id will do.
         top_id = tl.minimum(tl.min(tl.where(x == top, ids, BLOCK), 0), V - 1)
         x = tl.where(ids == top_id, float("nan"), x)  # which tl.max skips
         tl.store(top_ids_ptr + row * n_top + rank, top_id.to(tl.int64))

@@ -22,7 +22,7 @@ class MatmulTile:
     """One program of the matmul kernels: block_m rows of x times block_n rows of the weight, block_k at a time.
 
     tma: fetched and stored by the copy engine of sm_90 and later, where rows begin at multiples of 16 bytes. Its
-    descriptors cost the host some microseconds a launch: for products that take longer than that.
+    descriptors cost the host time in every launch; it is for products that take longer than that.
     """
 
     block_m: int
@@ -44,8 +44,8 @@ class FewRows:
 
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
-    """block_m: query rows of a prefill program; it divides 128 (a decode program has one token's query heads of one
-    key head, whatever it says)."""
+    """block_m: query rows of a prefill program, a divisor of 128. A decode program ignores it: its rows are the query
+    heads of one token and key head."""
 
     block_m: int
     stages: int
@@ -54,11 +54,11 @@ class AttentionTile:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What one architecture wants.
+    """The tiles of one architecture.
 
     source: where the figures come from. few_rows: in ascending order of rows.
     many_rows, many_rows_wide: for more rows; the wide one where it still gives every SM a tile.
-    matmul_fp32, attention_fp32: the matrix units are out of reach there, and the tiles twice as large.
+    matmul_fp32, attention_fp32: fp32 cannot use the matrix units, and its tiles take twice the memory.
     decode_programs: how many decode attention programs fill the card.
     library_rows: with batch_invariant=False, torch.matmul takes over from so many rows on.
     """
@@ -77,7 +77,7 @@ class Card:
 
 
 def read_cards(path: Path) -> dict[int, Card]:
-    """Architecture (80, 90 ...) -> what it wants."""
+    """Architecture (80, 90 ...) -> its tiles."""
     return {int(arch): _card(entry) for arch, entry in json.loads(path.read_text()).items()}
 
 

@@ -1,7 +1,7 @@
-"""Small arrays to the device and results back, without waiting for what the device still has to do.
+"""Small arrays to a card and results back, without waiting for the card.
 
-A plain copy between the device and ordinary host memory waits until everything launched before it is done. Copies from
-and to pinned memory only take their turn.
+A plain copy between a card and ordinary host memory waits for everything launched before it. Copies from and to pinned
+memory are queued.
 """
 
 from __future__ import annotations
@@ -12,24 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ALIGN = 16  # bytes; what Triton's launches distinguish, so that a tensor's place in the buffer makes no new variant
+_ALIGN = 16  # bytes; Triton compiles anew for pointers of another alignment
 
 
-def upload(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
-    """Contiguous arrays as tensors on the device, in one copy. On the CPU they share the arrays' memory."""
+def to_device(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
+    """As `kernels.upload`; CPU tensors are for Triton's interpreter."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     # torch keeps the pinned buffer from being used again before the copy out of it has been made.
     return unpack(pack(arrays, pin_memory=device.type == "cuda").to(device, non_blocking=True), arrays)
 
 
-def fetch(tensor: Tensor) -> Tensor:
-    """A copy on the host that may still be on its way: to be read after an event that is recorded behind it.
-
-    A tensor on the CPU is returned as it is.
-    """
-    if tensor.device.type == "cpu":
-        return tensor
+def to_host(tensor: Tensor) -> Tensor:
+    """As `kernels.fetch`."""
     pinned = tensor.device.type == "cuda"
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).copy_(tensor, non_blocking=True)
 
@@ -41,33 +36,33 @@ class Mirror:
     """
 
     def __init__(self, device: torch.device, *arrays: np.ndarray) -> None:
-        """arrays: contiguous; what the mirror holds first."""
+        """arrays: contiguous, the first contents."""
         on_cuda = device.type == "cuda"
-        self._host = pack(arrays, pin_memory=on_cuda)
-        self._there = self._host.to(device, copy=True)
-        self.arrays = [tensor.numpy() for tensor in unpack(self._host, arrays)]
-        self.tensors = unpack(self._there, arrays)
+        self._on_host = pack(arrays, pin_memory=on_cuda)
+        self._on_device = self._on_host.to(device, copy=True)
+        self.arrays = [tensor.numpy() for tensor in unpack(self._on_host, arrays)]
+        self.tensors = unpack(self._on_device, arrays)
         self._sent = torch.cuda.Event() if on_cuda else None
 
     def wait(self) -> None:
-        """Until the arrays may be written again: until the last copy of them has been made."""
+        """Wait until the last copy of the arrays has been made, so that they may be written again."""
         if self._sent is not None:
             self._sent.synchronize()
 
     def send(self) -> None:
-        """Copy the arrays to the device, in one go and in its turn."""
-        self._there.copy_(self._host, non_blocking=True)
+        """Queue one copy of all arrays to the device."""
+        self._on_device.copy_(self._on_host, non_blocking=True)
         if self._sent is not None:
             self._sent.record()
 
 
 def pack(arrays: Sequence[np.ndarray], pin_memory: bool) -> Tensor:
-    """The bytes of the arrays, one behind the other, each at a multiple of _ALIGN. Returns [bytes] uint8."""
-    packed = torch.empty(sum(_room(array) for array in arrays), dtype=torch.uint8, pin_memory=pin_memory)
-    host, at = packed.numpy(), 0
+    """The bytes of the arrays one after the other, each at a multiple of _ALIGN. Returns [bytes] uint8."""
+    packed = torch.empty(sum(map(_padded, arrays)), dtype=torch.uint8, pin_memory=pin_memory)
+    buffer, at = packed.numpy(), 0
     for array in arrays:
-        host[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
-        at += _room(array)
+        buffer[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
+        at += _padded(array)
     return packed
 
 
@@ -77,9 +72,9 @@ def unpack(packed: Tensor, arrays: Sequence[np.ndarray]) -> list[Tensor]:
     for array in arrays:
         dtype = torch.from_numpy(array).dtype
         tensors.append(packed[at : at + array.nbytes].view(dtype).view(array.shape))
-        at += _room(array)
+        at += _padded(array)
     return tensors
 
 
-def _room(array: np.ndarray) -> int:
+def _padded(array: np.ndarray) -> int:
     return -(-array.nbytes // _ALIGN) * _ALIGN

@@ -1,4 +1,4 @@
-"""The operations as Triton kernels, under the names of their twins in `reference`. Imported only where triton is."""
+"""The operations as Triton kernels, under their names in `reference`. Imported only where triton is."""
 
 from __future__ import annotations
 
@@ -10,13 +10,6 @@ from kernels.sample import adjust_logits, sample, token_logprobs, uniform
 from kernels.swiglu import swiglu
 
 __all__ = [
-    "adjust_logits",
-    "linear",
-    "paged_attention",
-    "rms_norm",
-    "rope_write",
-    "sample",
-    "swiglu",
-    "token_logprobs",
+    "adjust_logits", "linear", "paged_attention", "rms_norm", "rope_write", "sample", "swiglu", "token_logprobs",
     "uniform",
-]
+]  # fmt: skip

@@ -1,8 +1,8 @@
-"""`Sampler`: the sampling parameters of a batch's sequences as tensors, and the tokens that come out.
+"""`Sampler`: the sampling parameters of a batch's sequences as tensors, and the tokens drawn with them.
 
 Order: fp32 logits, logit_bias, repetition penalty, presence and frequency penalty, bans, temperature, top_k, top_p,
 min_p, draw. Logprobs are the log-softmax of the raw logits, before all of that. The random number of a token depends on
-its sequence's seed and its position alone, so batching and preemption cannot move it.
+its sequence's seed and its position alone, so batching and preemption cannot change it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ MIN_PENALTY = 1e-6
 class RowParams:
     """[rows] tensors of one batch; they stay the same as long as its sequences do."""
 
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
+    filters: kernels.Filters
     seeds: Tensor
     any_random: bool
     any_penalised: bool
@@ -87,11 +84,11 @@ class Sampler:
         if rows.any_penalised:
             raw = logits.clone() if rows.n_top is not None else logits
             self._penalise(logits, seqs, positions)
-        uniforms = rows.temperature
+        uniforms = rows.filters.temperature  # of no use to greedy rows
         if rows.any_random:
             (at,) = kernels.upload(self.device, np.array(positions, np.int64))
             uniforms = kernels.uniform(rows.seeds, at)
-        ids = kernels.sample(logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, uniforms)
+        ids = kernels.sample(logits, rows.filters, uniforms)
         report = None
         if rows.n_top is not None:
             report = report_logprobs(raw, ids, [seq.params.logprobs for seq in seqs], rows.n_top)
@@ -100,19 +97,16 @@ class Sampler:
     def _row_params(self, seqs: list[Sequence]) -> RowParams:
         params = [seq.params for seq in seqs]
         asked = [p.logprobs for p in params if p.logprobs is not None]
-        temperature, top_k, top_p, min_p, seeds = kernels.upload(
+        seeds, *filters = kernels.upload(
             self.device,
+            np.array([seq.seed for seq in seqs], np.int64),
             np.array([0.0 if p.greedy else p.temperature for p in params], np.float32),
             np.array([p.top_k for p in params], np.int64),
             np.array([p.top_p for p in params], np.float32),
             np.array([p.min_p for p in params], np.float32),
-            np.array([seq.seed for seq in seqs], np.int64),
         )
         return RowParams(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
+            filters=kernels.Filters(*filters),
             seeds=seeds,
             any_random=any(not p.greedy for p in params),
             any_penalised=any(p.penalised for p in params),

@@ -16,7 +16,7 @@ import torch
 import triton
 
 import kernels
-from kernels.offline import Launch, Report, capture, inspect_all
+from kernels.inspect_sass import Launch, Report, capture, inspect_all
 from llama.batch import Batch
 from llama.cache import KVCache
 from llama.config import ModelConfig
@@ -41,7 +41,7 @@ def step(model: Transformer, n_queries: list[int], max_len: int) -> None:
     logits = model.logits(model.forward(batch, cache))
     column, chosen = torch.empty(n_seqs, device=META), torch.empty(n_seqs, dtype=torch.int64, device=META)
     kernels.adjust_logits(logits, chosen, chosen, column, column, column)
-    tokens = kernels.sample(logits, column, chosen, column, column, kernels.uniform(chosen, chosen))
+    tokens = kernels.sample(logits, kernels.Filters.alike(n_seqs, META), kernels.uniform(chosen, chosen))
     kernels.token_logprobs(logits, tokens, 5)
 
 

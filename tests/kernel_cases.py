@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention_plan import AttentionPlan, CpuPlan, plan_triton
+from kernels.attention_plan import TritonPlan, plan_triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GUARD = 4096
@@ -48,7 +48,7 @@ def check(out: Tensor, twin: Tensor, exact: Tensor, forgiven: float = 2.0**-23) 
 
 @dataclass(frozen=True)
 class Paged:
-    """Sequences in a paged cache. Blocks are shuffled; whatever no sequence owns is NaN."""
+    """Sequences in a paged cache. Whatever no sequence owns is NaN, but for leading blocks of zeros."""
 
     k: Tensor
     v: Tensor
@@ -64,12 +64,17 @@ class Paged:
         block_size: int,
         dtype: torch.dtype,
         device: str = "cpu",
+        zero_blocks: int = 0,
+        shuffled: bool = True,
     ) -> Paged:
+        """zero_blocks: blocks that no sequence owns and that hold zeros, as block 0 of the engine's cache."""
         used = [-(-n // block_size) for n in seqlens_k]
         n_blocks = sum(used) + 2
-        order = np.random.default_rng(0).permutation(n_blocks).astype(np.int32)
-        shape = (n_blocks, block_size, n_kv_heads, head_dim)
+        order = np.random.default_rng(0).permutation(n_blocks) if shuffled else np.arange(n_blocks)
+        order = (zero_blocks + order).astype(np.int32)
+        shape = (zero_blocks + n_blocks, block_size, n_kv_heads, head_dim)
         k, v = (torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(2))
+        k[:zero_blocks], v[:zero_blocks] = 0, 0
         tables = np.full((len(seqlens_k), max(used) + 1), order[-1], np.int32)
         given = 0
         for s, (n, blocks) in enumerate(zip(seqlens_k, used, strict=True)):
@@ -82,21 +87,15 @@ class Paged:
                 flat[rows.to(device)] = torch.randn(n, n_kv_heads, head_dim, device=device).to(dtype)
         return cls(guarded(k), guarded(v), tables, np.array(seqlens_k, np.int32))
 
-    def plan(self, n_queries: list[int], at: list[int] | None = None) -> AttentionPlan:
+    def layout(self, n_queries: list[int], at: list[int] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The last n queries of each sequence, which ends at position `at` (the whole of it by default)."""
         seqlens_k = self.seqlens_k if at is None else np.array(at, np.int32)
-        cu = np.concatenate(([0], np.cumsum(n_queries))).astype(np.int32)
-        device = self.k.device
-        tables = self.tables[: len(n_queries)]
-        return AttentionPlan(
-            torch.from_numpy(cu).to(device),
-            torch.from_numpy(seqlens_k).to(device),
-            guarded(torch.from_numpy(tables)).to(device),
-            max(n_queries),
-            int(seqlens_k.max()),
-            CpuPlan(cu, seqlens_k, tables, self.k.shape[1]) if device.type == "cpu" else None,
-            plan_triton(cu, seqlens_k, tables, device),
-        )
+        return np.cumsum([0, *n_queries], dtype=np.int32), seqlens_k, self.tables[: len(n_queries)]
+
+    def plan(self, n_queries: list[int], at: list[int] | None = None) -> TritonPlan:
+        """As `layout`, for the Triton kernels and the textbook."""
+        plan = plan_triton(*self.layout(n_queries, at), self.k.device)
+        return replace(plan, block_tables=guarded(plan.block_tables))
 
     def only(self, s: int) -> Paged:
         """The sequence s alone, in the same cache."""

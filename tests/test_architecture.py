@@ -11,6 +11,27 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # Bottom up: a module imports only from modules above it in this list.
+KERNELS = [
+    "kernels.launch",
+    "kernels.transfer",
+    "kernels.attention_plan",
+    "kernels.linear_weight",
+    "kernels.reference",
+    "kernels.tiles",
+    "kernels.inspect_sass",
+    "kernels.attention",
+    "kernels.matmul",
+    "kernels.rms_norm",
+    "kernels.rope_cache",
+    "kernels.sample",
+    "kernels.swiglu",
+    "kernels.triton_ops",
+    "kernels.cpu.huge_pages",
+    "kernels.cpu.block_attention",
+    "kernels.cpu.attention_plan",
+    "kernels.cpu.packed_linear",
+    "kernels.cpu.ops",
+]
 LLAMA = [
     "llama._floor",
     "llama.errors",
@@ -156,7 +177,7 @@ def test_imports_only_go_down(path: Path) -> None:
         if floor not in FLOORS:
             continue
         assert FLOORS.index(floor) <= own_floor, f"{path}:{line}: {name} imports {target}, a floor above"
-        for order in (LLAMA, API, SCRIPTS):
+        for order in (KERNELS, LLAMA, API, SCRIPTS):
             if name in order and target in order:
                 assert order.index(target) < order.index(name), (
                     f"{path}:{line}: {name} imports {target}, which is higher"
@@ -182,10 +203,19 @@ def test_the_core_is_plain(name: str) -> None:
         assert target.split(".")[0] not in CORE_MAY_NOT, f"{path}:{line}: the core imports {target}"
 
 
+def test_only_the_package_itself_picks_an_implementation() -> None:
+    """Who reads the textbook or the CUDA path meets no CPU tuning, and the CPU path no Triton."""
+    for name in KERNELS:
+        for target, line in imports(ast.parse((ROOT / Path(*name.split("."))).with_suffix(".py").read_text())):
+            assert target != "kernels.triton_ops", f"{name}:{line}: only kernels/__init__.py picks an implementation"
+            inside = name.startswith("kernels.cpu.") or not target.startswith("kernels.cpu")
+            assert inside, f"{name}:{line}: only kernels/__init__.py imports {target}"
+
+
 def test_every_module_has_its_place() -> None:
     found = {module_name(path) for path in sources() if path.name != "__init__.py"}
-    listed = {*LLAMA, *API, *SCRIPTS}
-    strays = {name for name in found if name.split(".")[0] not in ("kernels", "scripts")} - listed
+    listed = {*KERNELS, *LLAMA, *API, *SCRIPTS}
+    strays = {name for name in found if name.split(".")[0] != "scripts"} - listed
     assert not strays, f"list these in {Path(__file__).name}: {sorted(strays)}"
 
 

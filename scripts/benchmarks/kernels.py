@@ -252,12 +252,12 @@ class Bench:
         for rows in (1, 30):
             logits = [torch.randn(rows, self.config.vocab_size, device=self.device) * 3 for _ in range(8)]
             n_bytes = 4 * rows * self.config.vocab_size
-            column = partial(torch.full, (rows,), device=self.device)
-            ids, zero, half = column(0), column(0.0), column(0.5)
-            greedy = [partial(kernels.sample, x, zero, ids, half, half, half) for x in logits]
+            ids, half = (torch.full((rows,), value, device=self.device) for value in (0, 0.5))
+            filters = kernels.Filters.alike(rows, self.device, temperature=0)
+            greedy = [partial(kernels.sample, x, filters, half) for x in logits]
             self.moves(f"sample greedy {rows}", n_bytes, greedy, [partial(torch.argmax, x, -1) for x in logits])
-            settings = (column(1.0), column(50), column(0.9), column(0.05), half)
-            drawn = [partial(kernels.sample, x, *settings) for x in logits]
+            filters = kernels.Filters.alike(rows, self.device, top_k=50, top_p=0.9, min_p=0.05)
+            drawn = [partial(kernels.sample, x, filters, half) for x in logits]
             self.moves(f"sample top-k top-p {rows}", n_bytes, drawn, [partial(torch.sort, x, -1) for x in logits])
             top = [partial(kernels.token_logprobs, x, ids, 5) for x in logits]
             self.moves(f"token_logprobs 5 {rows}", n_bytes, top, [partial(torch.log_softmax, x, -1) for x in logits])

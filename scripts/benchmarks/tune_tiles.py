@@ -22,10 +22,10 @@ import kernels
 from benchmarks.gpu_timer import Call, Timer, copies
 from kernels import tiles
 from kernels.attention import launch_attention
-from kernels.attention_plan import TILE_POSITIONS
+from kernels.attention_plan import TILE_POSITIONS, plan_triton
+from kernels.inspect_sass import SHARED_PER_PROGRAM
 from kernels.launch import gpu_arch
 from kernels.matmul import launch_matmul
-from kernels.offline import SHARED_PER_PROGRAM
 from kernels.tiles import AttentionTile, Card, FewRows, MatmulTile, read_cards, write_cards
 from llama.config import ModelConfig
 
@@ -132,7 +132,7 @@ def _paged(
     blocks = length // block_size
     starts = np.concatenate(([0], np.cumsum(n_queries))).astype(np.int32)
     tables = np.random.default_rng(0).permutation(n_seqs * blocks).astype(np.int32).reshape(n_seqs, blocks)
-    plan = kernels.plan_attention(starts, np.full(n_seqs, length, np.int32), tables, block_size, device)
+    plan = plan_triton(starts, np.full(n_seqs, length, np.int32), tables, device)
     shape = (n_seqs * blocks, block_size, config.n_kv_heads, config.head_dim)
     k, v = (torch.randn(shape, dtype=BF16, device=device) for _ in range(2))
     q = torch.randn(sum(n_queries), config.n_heads, config.head_dim, dtype=BF16, device=device)
@@ -140,6 +140,6 @@ def _paged(
 
     def calls(tile: AttentionTile) -> list[Call]:
         with_tile = replace(card, prefill=tile, decode=tile)
-        return [partial(launch_attention, q, k, v, plan, scale, out, wants=with_tile)]
+        return [partial(launch_attention, q, k, v, plan, scale, out, tiles=with_tile)]
 
     return calls

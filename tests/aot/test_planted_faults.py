@@ -12,7 +12,7 @@ from test_launches import complaints
 
 import kernels
 from kernels import tiles
-from kernels.offline import capture, inspect_all
+from kernels.inspect_sass import capture, inspect_all
 from kernels.tiles import AttentionTile, FewRows, MatmulTile
 from scripts.compile_kernels import META
 

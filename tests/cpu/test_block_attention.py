@@ -1,16 +1,17 @@
-"""Attention block by block, uncompiled: the sums of the CPU's paged attention, whatever the shapes and the lengths."""
+"""Attention block by block, uncompiled: the textbook's sums, whatever the shapes and the lengths."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import Paged
 from torch import Tensor
 
-from kernels import AttentionPlan, paged_attention, plan_attention
-from kernels.block_attention import attend_blocks
+from kernels.cpu.attention_plan import CpuPlan, plan_cpu
+from kernels.cpu.block_attention import attend_blocks
+from kernels.reference import paged_attention
 
 Spans = list[tuple[int, int]]  # queries and keys of each sequence
 spans = st.lists(
@@ -20,28 +21,14 @@ spans = st.lists(
 )
 
 
-def layout(sequences: Spans, size: int, n_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, AttentionPlan]:
+def layout(sequences: Spans, size: int, n_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, CpuPlan]:
     """Shuffled blocks; NaN wherever no sequence has a key, but in block 0, which is zero."""
-    dice = np.random.default_rng(7)
-    counts = [-(-keys // size) for _, keys in sequences]
-    order = 1 + dice.permutation(sum(counts) + 1)
-    tables = np.zeros((len(sequences), max(counts)), np.int32)
-    k, v = (torch.full((len(order) + 1, size, n_kv_heads, head_dim), float("nan")) for _ in range(2))
-    k[0], v[0] = 0, 0
-    for s, ((_, keys), count) in enumerate(zip(sequences, counts, strict=True)):
-        tables[s, :count], order = order[:count], order[count:]
-        at = np.arange(keys)
-        rows = torch.from_numpy(tables[s, at // size].astype(np.int64) * size + at % size)
-        for cache in (k, v):
-            cache.view(-1, n_kv_heads, head_dim)[rows] = torch.randn(keys, n_kv_heads, head_dim)
-    starts = np.cumsum([0] + [queries for queries, _ in sequences]).astype(np.int32)
-    lengths = np.array([keys for _, keys in sequences], np.int32)
-    return k, v, plan_attention(starts, lengths, tables, size, torch.device("cpu"))
+    cache = Paged.of([keys for _, keys in sequences], n_kv_heads, head_dim, size, torch.float32, zero_blocks=1)
+    return cache.k, cache.v, plan_cpu(*cache.layout([queries for queries, _ in sequences]), size)
 
 
-def by_blocks(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    assert plan.cpu is not None
-    return attend_blocks(q * q.shape[-1] ** -0.5, k.flatten(0, 1), v.flatten(0, 1), plan.cpu.blocks)[0]
+def by_blocks(q: Tensor, k: Tensor, v: Tensor, plan: CpuPlan) -> Tensor:
+    return attend_blocks(q * q.shape[-1] ** -0.5, k.flatten(0, 1), v.flatten(0, 1), plan.blocks)[0]
 
 
 @pytest.mark.parametrize("n_kv_heads, group", [(1, 1), (2, 3), (4, 2), (12, 1), (16, 1)])
@@ -65,7 +52,7 @@ def test_large_scores() -> None:
 
 
 def test_nan_stays_with_its_query() -> None:
-    """Even the first one's, which the block of nobody belongs to."""
+    """Even the first query's, which owns the padding block."""
     k, v, plan = layout([(1, 40), (3, 20), (1, 5)], 16, 2, 16)
     q = torch.randn(5, 2, 16)
     expected = by_blocks(q, k, v, plan)

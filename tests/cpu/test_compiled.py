@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from kernels.linear_weight import pair_columns
-from kernels.pages import on_large_pages, zeros_on_large_pages
+from kernels.cpu.huge_pages import on_huge_pages, zeros_on_huge_pages
+from kernels.cpu.packed_linear import pair_columns
 from llama.batch import Batch
 from llama.cache import KVCache, plan_memory
 from llama.compiled_row import CompiledRow
@@ -156,14 +156,14 @@ def test_paired_columns_hold_every_number_of_a_bf16_matrix() -> None:
 @pytest.mark.parametrize("shape", [(3, 5), (1024, 1024)])  # less than a large page, and more
 def test_large_pages_hold_what_was_copied(shape: tuple[int, int]) -> None:
     tensor = torch.randn(shape)
-    copy = on_large_pages(tensor.t())
+    copy = on_huge_pages(tensor.t())
     assert copy.is_contiguous() and torch.equal(copy, tensor.t())
     assert copy.data_ptr() != tensor.data_ptr()
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 0, 4), (3, 1024, 1024)])
-def test_zeros_on_large_pages(shape: tuple[int, ...]) -> None:
-    zeros = zeros_on_large_pages(shape, torch.bfloat16)
+def test_zeros_on_huge_pages(shape: tuple[int, ...]) -> None:
+    zeros = zeros_on_huge_pages(shape, torch.bfloat16)
     assert torch.equal(zeros, torch.zeros(shape, dtype=torch.bfloat16))
     zeros += 1  # they can be written
     assert zeros.is_contiguous() and bool((zeros == 1).all())
@@ -174,7 +174,7 @@ def test_large_pages_are_what_the_system_may_give() -> None:
     switch, maps = Path("/sys/kernel/mm/transparent_hugepage/enabled"), Path("/proc/self/smaps")
     if not switch.is_file() or "[never]" in switch.read_text() or "THPeligible" not in maps.read_text():
         pytest.skip("needs a Linux with transparent huge pages switched on")
-    tensor = zeros_on_large_pages((1 << 22,), torch.float32)
+    tensor = zeros_on_huge_pages((1 << 22,), torch.float32)
     eligible = None
     for line in maps.read_text().splitlines():
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):

@@ -164,12 +164,8 @@ def test_draws_have_the_exact_distribution(filters: dict[str, float], vocab: int
 
 
 def draw(logits: list[float], u: float, temperature: float = 1.0, top_k: int = -1, top_p: float = 1.0) -> int:
-    return int(
-        kernels.sample(
-            torch.tensor([logits]), torch.tensor([temperature]), torch.tensor([top_k]), torch.tensor([top_p]),
-            torch.tensor([0.0]), torch.tensor([u]),
-        )
-    )  # fmt: skip
+    filters = kernels.Filters.alike(1, CPU, temperature, top_k, top_p)
+    return int(kernels.sample(torch.tensor([logits]), filters, torch.tensor([u])))
 
 
 def test_the_ends_of_the_unit_interval_stay_inside_the_support() -> None:

@@ -11,8 +11,8 @@ from kernel_cases import DTYPES, Paged, check, guards_are_nan, normal
 from torch import Tensor
 
 import kernels
-from kernels import attention, reference, tiles
-from kernels.attention_plan import AttentionPlan
+from kernels import Filters, attention, reference, tiles
+from kernels.attention_plan import TritonPlan
 from kernels.linear_weight import LinearWeight
 from kernels.matmul import launch_matmul
 from kernels.tiles import MatmulTile
@@ -133,18 +133,18 @@ def test_the_copy_engine_brings_the_same_bits(n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 16, 32])
-def test_split_sums_fold_alike_a_thousand_times(rows: int) -> None:
+def test_split_sums_add_alike_a_thousand_times(rows: int) -> None:
     x, weight = cuda_normal(rows, 4096), kernels.pack_weight(cuda_normal(1024, 4096))
     first = kernels.linear(x, weight)
     for i in range(1000):
         assert torch.equal(kernels.linear(x, weight), first), i
-    assert weight.arrivals is not None and not weight.arrivals.any()
+    assert weight.semaphores is not None and not weight.semaphores.any()
 
 
 # ---- attention ----
 
 
-def attend(q: Tensor, cache: Paged, plan: AttentionPlan, workers: int | None = None) -> Tensor:
+def attend(q: Tensor, cache: Paged, plan: TritonPlan, workers: int | None = None) -> Tensor:
     out = torch.empty(q.shape, dtype=torch.float32, device=CUDA)
     attention.launch_attention(q, cache.k, cache.v, plan, q.shape[2] ** -0.5, out, workers)
     return out
@@ -190,7 +190,7 @@ def test_attention(
     out = kernels.paged_attention(q, cache.k, cache.v, plan, scale)
     exact = cache.exact(q, n_queries, scale)
     check(out, plain_attention(cache, q, n_queries, scale), exact, forgiven=2.0**-20)
-    assert plan.triton is not None and not plan.triton.arrivals.any()
+    assert not plan.semaphores.any()
 
 
 @pytest.mark.parametrize("n_heads, n_kv_heads", [(32, 32), (64, 8)])
@@ -208,7 +208,7 @@ def test_bits_of_attention_depend_on_a_rows_own_tokens_only(n_heads: int, n_kv_h
         assert torch.equal(single[0], whole[row]), row
 
 
-def test_the_last_arriver_folds_alike_a_thousand_times() -> None:
+def test_the_last_worker_merges_alike_a_thousand_times() -> None:
     lengths = [4000, 37, 1100, 2049]
     cache = Paged.of(lengths, 8, 128, 64, BF16, device="cuda")
     q, plan = cuda_normal(4, 64, 128), cache.plan([1] * 4)
@@ -255,18 +255,18 @@ def test_a_cache_of_more_than_two_to_the_31_numbers() -> None:
 def test_sample(vocab: int, top_k: int, top_p: float, min_p: float) -> None:
     rows = 64
     logits = cuda_normal(rows, vocab, dtype=torch.float32) * 3
-    column = torch.full((rows,), 1.0, device=CUDA)
-    temperature = torch.where(torch.arange(rows, device=CUDA) % 4 == 0, 0.0, 0.8)
+    filters = Filters.alike(rows, CUDA, 0.8, top_k, top_p, min_p)
+    filters.temperature[::4] = 0.0
     seeds, positions = torch.arange(rows, device=CUDA), torch.arange(100, 100 + rows, device=CUDA)
     u = kernels.uniform(seeds, positions)
     assert torch.equal(u.cpu(), reference.uniform(seeds.cpu(), positions.cpu()))
-    rest = (torch.full((rows,), top_k, device=CUDA), column * top_p, column * min_p, u)
-    tokens = kernels.sample(logits, temperature, *rest)
-    twin = reference.sample(logits.cpu(), temperature.cpu(), *(t.cpu() for t in rest))
+    tokens = kernels.sample(logits, filters, u)
+    twin = reference.sample(logits.cpu(), Filters(*(t.cpu() for t in filters)), u.cpu())
     assert int((tokens.cpu() != twin).sum()) <= 1  # a number within rounding of a border may fall either way
     assert torch.equal(tokens[::4], logits[::4].argmax(-1))
     for row in range(8):
-        alone = kernels.sample(logits[row : row + 1].clone(), *(t[row : row + 1] for t in (temperature, *rest)))
+        one_row = slice(row, row + 1)
+        alone = kernels.sample(logits[one_row].clone(), Filters(*(t[one_row] for t in filters)), u[one_row])
         assert alone[0] == tokens[row]
 
 

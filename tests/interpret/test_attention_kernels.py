@@ -7,27 +7,27 @@ import torch
 from kernel_cases import DTYPES, Paged, check, normal
 
 from kernels import attention, reference, triton_ops
-from kernels.attention_plan import AttentionPlan
+from kernels.attention_plan import TritonPlan
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned")]
 
 BF16 = torch.bfloat16
 
 
-def attend(q: torch.Tensor, cache: Paged, plan: AttentionPlan, workers: int | None = None) -> torch.Tensor:
+def attend(q: torch.Tensor, cache: Paged, plan: TritonPlan, workers: int | None = None) -> torch.Tensor:
     """The kernels' result in fp32: rounding to 16 bits would hide most differences."""
     out = torch.empty(tuple(q.shape), dtype=torch.float32)
     attention.launch_attention(q, cache.k, cache.v, plan, q.shape[2] ** -0.5, out, workers)
     return out
 
 
-def check_attention(cache: Paged, q: torch.Tensor, n_queries: list[int]) -> None:
+def check_attention(cache: Paged, q: torch.Tensor, n_queries: list[int], forgiven: float = 2.0**-23) -> None:
     scale = q.shape[2] ** -0.5
     plan = cache.plan(n_queries)
     out = triton_ops.paged_attention(q, cache.k, cache.v, plan, scale)
     twin = reference.paged_attention(q, cache.k, cache.v, plan, scale)
-    check(out, twin, cache.exact(q, n_queries, scale))
-    assert plan.triton is not None and not plan.triton.arrivals.any()
+    check(out, twin, cache.exact(q, n_queries, scale), forgiven)
+    assert not plan.semaphores.any()
 
 
 # group 1 to 8; head_dim 8 and 48 (padded inside), 16, 64 and 128; blocks smaller and larger than a key tile
@@ -58,9 +58,10 @@ def test_single_tokens_among_pieces(dtype: torch.dtype) -> None:
 
 
 def test_large_scores_and_chunks_of_very_different_weight() -> None:
+    """exp2 of such scores is as inexact as the scores' own rounding makes it."""
     cache = Paged.of([700, 260], 1, 64, 64, torch.float32)
-    check_attention(cache, normal(2, 4, 64) * 30, [1, 1])
-    check_attention(cache, normal(302, 4, 64) * 30, [300, 2])
+    check_attention(cache, normal(2, 4, 64) * 30, [1, 1], forgiven=2.0**-21)
+    check_attention(cache, normal(302, 4, 64) * 30, [300, 2], forgiven=2.0**-21)
 
 
 @pytest.mark.parametrize("n_kv_heads", [1, 10])  # chunks of 256 and of 512 keys
@@ -72,7 +73,7 @@ def test_bits_of_single_tokens_depend_neither_on_workers_nor_on_company(n_kv_hea
     many = attend(q, cache, plan, workers=6)
     for workers in (1, 2, 4):
         assert torch.equal(attend(q, cache, plan, workers), many), workers
-    assert plan.triton is not None and not plan.triton.arrivals.any()
+    assert not plan.semaphores.any()
     for s in range(3):
         alone = cache.only(s)
         assert torch.equal(attend(q[s : s + 1], alone, alone.plan([1]))[0], many[s])

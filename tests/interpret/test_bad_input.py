@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import kernels
+from kernels import Filters
+from kernels.cpu.attention_plan import plan_cpu
 from kernels.linear_weight import LinearWeight
 
 pytestmark = pytest.mark.interpret
@@ -19,10 +21,10 @@ CACHE = torch.zeros(3, 16, 2, 16)
 ROPE = kernels.rope_table(16, 32, 10000.0, 1.0, CPU)
 QKV, INDEX = torch.zeros(4, 8 * 16), torch.zeros(4, dtype=torch.int64)
 Q = torch.zeros(2, 4, 16)
-PLAN = kernels.plan_attention(
-    np.array([0, 1, 2], np.int32), np.array([5, 9], np.int32), np.zeros((2, 1), np.int32), 16, CPU
-)
+LAYOUT = np.array([0, 1, 2], np.int32), np.array([5, 9], np.int32), np.zeros((2, 1), np.int32)
+PLAN = kernels.plan_attention(*LAYOUT, 16, CPU)
 ROW = torch.zeros(4)
+FILTERS = Filters.alike(4, CPU)
 LOGITS = torch.zeros(4, 100)
 
 CALLS: dict[str, Callable[[], object]] = {
@@ -59,8 +61,12 @@ CALLS: dict[str, Callable[[], object]] = {
     "plan.block_tables: expected blocks below 0, got 0": lambda: kernels.paged_attention(
         Q, CACHE[:0], CACHE[:0], PLAN, 0.25
     ),
-    "top_k: expected dtype torch.int64": lambda: kernels.sample(LOGITS, ROW, ROW, ROW, ROW, ROW),
-    "logits: expected dtype torch.float32": lambda: kernels.sample(LOGITS.half(), ROW, INDEX, ROW, ROW, ROW),
+    "plan: expected one made for Triton kernels on cpu": lambda: kernels.paged_attention(
+        Q, CACHE, CACHE, plan_cpu(*LAYOUT, 16), 0.25
+    ),
+    "top_k: expected dtype torch.int64": lambda: kernels.sample(LOGITS, FILTERS._replace(top_k=ROW), ROW),
+    "min_p: expected shape [4], got [3]": lambda: kernels.sample(LOGITS, FILTERS._replace(min_p=ROW[:3]), ROW),
+    "logits: expected dtype torch.float32": lambda: kernels.sample(LOGITS.half(), FILTERS, ROW),
     "n_top: expected 0 to 100, got 101": lambda: kernels.token_logprobs(LOGITS, INDEX, 101),
     "positions: expected shape [4], got [1]": lambda: kernels.uniform(INDEX, INDEX[:1]),
     "bias: expected shape [4], got [2]": lambda: kernels.adjust_logits(LOGITS, INDEX, INDEX, ROW[:2], ROW, ROW),

@@ -87,7 +87,7 @@ def test_split_sums_leave_their_counters_at_zero(rows: int) -> None:
     assert tiles.split_k(tiles.card(), tiles.matmul_tile(tiles.card(), rows, 64, False), rows, 64, 4096) == 4
     first = triton_ops.linear(x, weight)
     check(first, x @ weight.data.T, x.double() @ weight.data.double().T)
-    assert weight.arrivals is not None and not weight.arrivals.any()
+    assert weight.semaphores is not None and not weight.semaphores.any()
     assert torch.equal(triton_ops.linear(x, weight), first)
 
 

@@ -7,7 +7,7 @@ import torch
 from kernel_cases import guarded
 from torch import Tensor
 
-from kernels import reference, triton_ops
+from kernels import Filters, reference, triton_ops
 
 pytestmark = [
     pytest.mark.interpret,
@@ -16,21 +16,11 @@ pytestmark = [
 ]
 
 INF = float("inf")
+CPU = torch.device("cpu")
 
 
-def settings(
-    rows: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> list[Tensor]:
-    return [
-        torch.full((rows,), temperature),
-        torch.full((rows,), top_k, dtype=torch.int64),
-        torch.full((rows,), top_p),
-        torch.full((rows,), min_p),
-    ]
-
-
-def sample(logits: Tensor, wanted: list[Tensor], u: Tensor) -> Tensor:
-    return triton_ops.sample(logits, *(guarded(t) for t in wanted), guarded(u))
+def sample(logits: Tensor, filters: Filters, u: Tensor) -> Tensor:
+    return triton_ops.sample(logits, Filters(*map(guarded, filters)), guarded(u))
 
 
 def kept_probs(row: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
@@ -63,8 +53,8 @@ def test_tokens_of_the_filtered_distribution(
     rows = 12
     logits = guarded(torch.randn(rows, vocab) * 2)
     u = torch.cat((torch.tensor([0.0, 1 - 2.0**-24]), torch.rand(rows - 2)))
-    wanted = settings(rows, temperature, top_k, top_p, min_p)
-    tokens, twin = sample(logits, wanted, u), reference.sample(logits, *wanted, u)
+    filters = Filters.alike(rows, CPU, temperature, top_k, top_p, min_p)
+    tokens, twin = sample(logits, filters, u), reference.sample(logits, filters, u)
     for row in range(rows):
         probs = kept_probs(logits[row], temperature, top_k, top_p, min_p)
         running = probs.cumsum(-1) / probs.sum()
@@ -80,7 +70,7 @@ def test_greedy_takes_the_lowest_id_among_equals() -> None:
     logits[0, [300, 17, 200]] = 9.0
     logits[1, 360] = 9.0
     logits[2] = -3.0
-    assert sample(logits, settings(3, temperature=0.0), torch.rand(3)).tolist() == [17, 360, 0]
+    assert sample(logits, Filters.alike(3, CPU, temperature=0), torch.rand(3)).tolist() == [17, 360, 0]
 
 
 def test_rows_without_a_finite_best_logit_give_minus_one() -> None:
@@ -89,24 +79,23 @@ def test_rows_without_a_finite_best_logit_give_minus_one() -> None:
     logits[3, :360] = -INF  # one token left is enough
     logits[4, 5], logits[5, 5], logits[6] = float("nan"), INF, -INF
     logits[7, 1:] = -INF
-    wanted = settings(8)
-    wanted[0][:4] = 0.0
-    tokens = sample(guarded(logits), wanted, torch.rand(8))
+    filters = Filters.alike(8, CPU)
+    filters.temperature[:4] = 0.0
+    tokens = sample(guarded(logits), filters, torch.rand(8))
     assert tokens.tolist() == [-1, -1, -1, 360, -1, -1, -1, 0]
-    assert torch.equal(tokens, reference.sample(logits, *wanted, torch.rand(8)))
+    assert torch.equal(tokens, reference.sample(logits, filters, torch.rand(8)))
 
 
 def test_ties_at_the_border_of_top_k_and_top_p_all_stay() -> None:
     logits = torch.full((3, 64), -20.0)
     logits[:, 10:14] = 1.0
     logits[:, 40] = 2.0
-    wanted = settings(3)
-    wanted[1][:] = torch.tensor([2, 0, 3])  # top_k
-    wanted[2][:] = torch.tensor([1.0, 0.5, 0.6])  # top_p: of row 2, over the best and two of its four equals
+    top_p = torch.tensor([1.0, 0.5, 0.6])  # of row 2, over the best and two of its four equals
+    filters = Filters.alike(3, CPU)._replace(top_k=torch.tensor([2, 0, 3]), top_p=top_p)
     probs = kept_probs(logits[0], 1.0, 2, 1.0, 0.0)
     seen = [set() for _ in range(3)]
     for u in torch.linspace(0, 0.999, 23):
-        for row, token in enumerate(sample(logits, wanted, u.expand(3).contiguous()).tolist()):
+        for row, token in enumerate(sample(logits, filters, u.expand(3).contiguous()).tolist()):
             seen[row].add(token)
     assert seen[0] == set(probs.nonzero()[:, 0].tolist()) == {10, 11, 12, 13, 40}
     assert seen[1] == seen[2] == {10, 11, 12, 13, 40}
@@ -114,15 +103,15 @@ def test_ties_at_the_border_of_top_k_and_top_p_all_stay() -> None:
 
 def test_a_tiny_temperature_does_not_overflow() -> None:
     logits = torch.randn(2, 361) * 100
-    assert torch.equal(sample(logits, settings(2, temperature=1e-30), torch.rand(2)), logits.argmax(-1))
+    assert torch.equal(sample(logits, Filters.alike(2, CPU, temperature=1e-30), torch.rand(2)), logits.argmax(-1))
 
 
 def test_a_row_is_drawn_alike_alone_and_in_a_batch() -> None:
     logits, u = torch.randn(6, 512), torch.rand(6)
-    wanted = settings(6, 0.8, 50, 0.9)
-    tokens = sample(logits, wanted, u)
+    filters = Filters.alike(6, CPU, 0.8, 50, 0.9)
+    tokens = sample(logits, filters, u)
     for row in range(6):
-        assert sample(logits[row : row + 1], [t[:1] for t in wanted], u[row : row + 1])[0] == tokens[row]
+        assert sample(logits[row : row + 1], Filters.alike(1, CPU, 0.8, 50, 0.9), u[row : row + 1])[0] == tokens[row]
 
 
 def test_uniform_is_philox_to_the_bit() -> None:

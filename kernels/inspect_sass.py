@@ -1,12 +1,11 @@
-"""Compile every launch that code makes for a card that is not there, and read what came out.
+"""Compile the launches of any code for a card that is not there, and read the machine code.
 
     with capture(90) as launches:
         kernels.linear(torch.empty(16, 4096, dtype=torch.bfloat16, device="meta"), weight)
 
-Ordinary wrappers run on `meta` tensors: nothing is computed, and each kernel is compiled with the arguments its
-wrapper passes. So a change of tiles, dtypes or alignment shows here, and there is nothing to keep in step by hand. A
-wrapper that reads a tensor's value fails, as it would while a CUDA graph is captured. Needs triton, no GPU and no CUDA
-toolkit.
+Ordinary wrappers run on `meta` tensors: nothing is computed, and each kernel is compiled with the arguments that its
+wrapper passes. So a change of tiles, dtypes or alignment shows here. A wrapper that reads a tensor's value fails, as it
+would while a CUDA graph is captured. Needs triton, no GPU and no CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ SHARED_PER_PROGRAM = {80: 163 * _KIB, 90: 227 * _KIB, 100: 227 * _KIB}
 _SHARED_PER_SM = {80: 164 * _KIB, 90: 228 * _KIB, 100: 228 * _KIB}
 _REGISTERS, _WARPS = 65536, 64
 
-# What is counted: our word for it, and how the opcode begins.
+# What is counted: our name for it, and how the opcode begins.
 _OPCODES = {
     "mma": r"HMMA\.",
     "wgmma": r"HGMMA\.",
@@ -56,7 +55,7 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?\w+\s+)?([A-Z]\S*)")  # 
 
 
 class _OfflineDriver(DriverBase):
-    """Answers what Triton asks before it compiles, and nothing after."""
+    """Answers what Triton asks before it compiles."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -86,7 +85,7 @@ class _OfflineDriver(DriverBase):
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as it was made: kernel, compile-time constants, grid, and the compiled program."""
+    """One launch: kernel, compile-time constants, grid, and the compiled program."""
 
     kernel: str
     constants: dict[str, Any]
@@ -102,7 +101,7 @@ class Launch:
 
 @contextlib.contextmanager
 def capture(arch: int) -> Iterator[list[Launch]]:
-    """Inside the block every launch compiles for `arch` (80, 90, 100) and is noted in the list instead of running."""
+    """Inside the block every launch is compiled for `arch` (80, 90, 100) and listed instead of run."""
     launches: list[Launch] = []
     run, before = JITFunction.run, driver._active
 
@@ -134,17 +133,17 @@ class Report:
 
 
 def inspect(launch: Launch) -> Report:
-    """Disassemble a launch's program (about 0.3 s)."""
+    """Disassemble a launch's program."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(launch.program.asm["cubin"])
         file.flush()
         command = [str(_CUOBJDUMP), "-res-usage", "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     opcodes = Counter(_INSTRUCTION.findall(text))
-    if not found or not opcodes:
+    if not usage or not opcodes:
         raise RuntimeError(f"cuobjdump's answer about {launch.kernel} is not understood:\n{text[:500]}")
-    registers, stack = int(found[1]), int(found[2])
+    registers, stack = int(usage[1]), int(usage[2])
     counts = Counter(
         {name: sum(n for op, n in opcodes.items() if re.match(begin, op)) for name, begin in _OPCODES.items()}
     )

@@ -1,4 +1,4 @@
-"""Memory on large pages: for what is read from end to end, step after step."""
+"""Memory on huge pages, for what is read from end to end in every step."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_PAGE = 1 << 21  # bytes of a large page on x86 and on most arm64 systems
+_PAGE = 1 << 21  # bytes of a huge page on x86 and on most arm64 systems
 
 
-def on_large_pages(tensor: Tensor) -> Tensor:
-    """A CPU tensor, contiguous, on large pages: one-row decode steps took 4 to 8 % less with weights there."""
-    memory = _large_pages(tensor.shape, tensor.dtype)
+def on_huge_pages(tensor: Tensor) -> Tensor:
+    """A CPU tensor, contiguous, on huge pages where the system has them."""
+    memory = _huge_pages(tensor.shape, tensor.dtype)
     return tensor.contiguous() if memory is None else memory.copy_(tensor)
 
 
-def zeros_on_large_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU, on large pages."""
-    memory = _large_pages(shape, dtype)
+def zeros_on_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU, on huge pages where the system has them."""
+    memory = _huge_pages(shape, dtype)
     return torch.zeros(shape, dtype=dtype) if memory is None else memory
 
 
-def _large_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+def _huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
     """Zeros in memory that the system may back by pages of 2 MiB (Linux: transparent huge pages).
 
-    The processor then looks up an address once where it did 512 times. None where the system offers none, and for less
-    than a page.
+    The processor then looks up one address where it did 512. None where the system offers none, and for less than a
+    page.
     """
     count = math.prod(shape)
     n_bytes = count * dtype.itemsize

@@ -1,0 +1,63 @@
+"""Weights on the CPU, in the layout of oneDNN and row by row, and oneDNN's multiply for compiled functions.
+
+oneDNN keeps its own blocked copy of a weight and the row-major one is dropped, so a weight is held in memory once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.huge_pages import on_huge_pages
+from kernels.linear_weight import LinearWeight
+
+# Below this many bytes the call overhead of the blocked form costs more than its layout saves.
+_PACK_BYTES = 1 << 20
+# The row count that oneDNN lays the weight out for; the layout for 16 rows serves 1 and 256 about as well.
+_PACK_ROWS = 16
+
+# Inductor refuses oneDNN's operator for weights that are not constants; it calls one of our own as it is.
+_OPERATORS = torch.library.Library("llama_slots", "FRAGMENT")
+_OPERATORS.define("packed_linear(Tensor x, Tensor weight) -> Tensor")
+
+
+def pack_weight(weight: Tensor, keep_rows: bool = False) -> LinearWeight:
+    """As `kernels.pack_weight`. Small weights, and all where torch lacks oneDNN, stay row-major."""
+    n, k = weight.shape
+    rows = None
+    if keep_rows:
+        rows = on_huge_pages(pair_columns(weight) if weight.dtype == torch.bfloat16 and k % 2 == 0 else weight)
+    data, blocked = weight.contiguous(), weight.nbytes >= _PACK_BYTES and _has_onednn()
+    if blocked:
+        data = torch.ops.mkldnn._reorder_linear_weight(data, _PACK_ROWS)
+    return LinearWeight(data, n, k, blocked, rows=rows)
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+def pair_columns(weight: Tensor) -> Tensor:
+    """bf16 [n, k], k even, as int32 [n, k / 2]: column j is the low half of an element, column j + k / 2 the high half.
+
+    A bf16 number is the upper half of an fp32 one, so that a shift or a mask widens it.
+    """
+    n, k = weight.shape
+    return weight.reshape(n, 2, k // 2).transpose(1, 2).contiguous().view(torch.int32).view(n, k // 2)
+
+
+def packed_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T. x: [rows, k]. weight: `data` of a `blocked` LinearWeight. Returns [rows, n] of x's dtype."""
+    return torch.ops.llama_slots.packed_linear(x, weight)
+
+
+def _packed_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+
+
+_OPERATORS.impl("packed_linear", _packed_linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("llama_slots::packed_linear")
+def _shape(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
