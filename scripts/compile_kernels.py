@@ -16,7 +16,7 @@ import torch
 import triton
 
 import kernels
-from kernels.inspect_sass import Launch, Report, capture, inspect_all
+from benchmarks.inspect_sass import Launch, Report, capture, inspect_all
 from llama.batch import Batch
 from llama.cache import KVCache
 from llama.config import ModelConfig

@@ -20,10 +20,10 @@ import triton
 
 import kernels
 from benchmarks.gpu_timer import Call, Timer, copies
+from benchmarks.inspect_sass import SHARED_PER_PROGRAM
 from kernels import tiles
 from kernels.attention import launch_attention
 from kernels.attention_plan import TILE_POSITIONS, plan_triton
-from kernels.inspect_sass import SHARED_PER_PROGRAM
 from kernels.launch import gpu_arch
 from kernels.matmul import launch_matmul
 from kernels.tiles import AttentionTile, Card, FewRows, MatmulTile, read_cards, write_cards

@@ -13,8 +13,8 @@ import kernels
 from benchmarks import kernels as bench_kernels
 from benchmarks import tune_tiles
 from benchmarks.gpu_timer import Call, Ceilings
+from benchmarks.inspect_sass import capture
 from kernels import tiles
-from kernels.inspect_sass import capture
 from kernels.tiles import TABLE, AttentionTile, MatmulTile, read_cards
 from llama.config import ModelConfig
 

@@ -13,7 +13,7 @@ import torch
 import triton
 
 import kernels
-from kernels.inspect_sass import SHARED_PER_PROGRAM, Launch, Report, capture, inspect_all
+from benchmarks.inspect_sass import SHARED_PER_PROGRAM, Launch, Report, capture, inspect_all
 from scripts.compile_kernels import ARCHS, META, all_launches, name_of, table
 
 pytestmark = pytest.mark.aot

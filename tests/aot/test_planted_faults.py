@@ -11,8 +11,8 @@ import torch
 from test_launches import complaints
 
 import kernels
+from benchmarks.inspect_sass import capture, inspect_all
 from kernels import tiles
-from kernels.inspect_sass import capture, inspect_all
 from kernels.tiles import AttentionTile, FewRows, MatmulTile
 from scripts.compile_kernels import META
 
