@@ -29,7 +29,7 @@ from llama.request import Request, SamplingParams, check_request
 from llama.runner import Runner
 from llama.scheduler import Scheduler
 from llama.sequence import FinishReason, Sequence, TokenLogprobs, choice_seed
-from llama.setup import Setup, build_runner, decide
+from llama.setup import Setup, build_runner, resolve
 from llama.slots import Seat, Slots
 from llama.stream import Mailbox, Stream
 from llama.tokenizer import Tokenizer
@@ -73,14 +73,19 @@ class Engine:
 
     model: a checkpoint folder, "demo" for the one that ships with the project, or a ModelConfig for random weights of
     that exact shape (no tokenizer: prompts are token ids). The memory plan is logged before anything is allocated.
-    Raises ConfigError, LoadError, CheckpointError, TokenizerError.
+    limits: what one request may ask. Raises ConfigError, LoadError, CheckpointError, TokenizerError.
     """
 
     def __init__(
-        self, model: str | Path | ModelConfig, config: EngineConfig | None = None, *, progress: bool = True
+        self,
+        model: str | Path | ModelConfig,
+        config: EngineConfig | None = None,
+        *,
+        progress: bool = True,
+        limits: Limits | None = None,
     ) -> None:
-        self.setup = decide(model, config or EngineConfig())
-        self.limits = Limits()
+        self.setup = resolve(model, config or EngineConfig())
+        self.limits = limits or Limits()
         log.info("%s", self.setup.memory_plan)
         config = self.setup.config
         self.slots = Slots(config.slots)
@@ -215,7 +220,7 @@ class Engine:
             blocks_free=scheduler.pool.n_free,
             steps=loop.n_steps,
             prompt_tokens=loop.n_prompt_tokens,
-            generated_tokens=loop.n_generated_tokens,
+            generated_tokens=loop.delivery.n_tokens,
             preemptions=scheduler.n_preemptions,
             prefix_queries=scheduler.n_prefix_queries,
             prefix_hits=scheduler.n_prefix_hits,

@@ -46,7 +46,7 @@ class Plan:
         return sum(self.counts)
 
     @property
-    def must_be_read(self) -> bool:
+    def needs_sync(self) -> bool:
         """Whether the step after this one cannot be launched before this one's tokens are known to the host."""
         return any(seq.request.params.counts_tokens for seq in self.seqs)
 

@@ -309,7 +309,7 @@ def test_64_threads_and_64_tasks_with_cancellations(client: api.Client) -> None:
     eventually(lambda: idle(client))
     eventually(lambda: threading.active_count() <= threads_before)
     loop = client._models.find().engine._loop
-    assert not loop.tracks
+    assert not loop.delivery.tracks
     loop.scheduler.check()
 
 
