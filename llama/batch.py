@@ -27,18 +27,9 @@ class LastStep:
         return {seq: row for row, seq in enumerate(self.seqs)}
 
     def fill(self, token_ids: Tensor, rows: Tensor, sources: Tensor) -> None:
-        """token_ids[rows] = ids[sources], all int64 on the device. What follows a -1 is of no use to anybody, but must
-        not index anything with it."""
+        """token_ids[rows] = ids[sources], all int64 on the device. A -1 becomes 0: its row is computed for nothing, but
+        must not index anything."""
         token_ids[rows] = self.ids[sources].clamp(min=0)
-
-
-@dataclass(slots=True)
-class TableRow:
-    """Where a sequence's blocks are written: the first `n_blocks` of the list `table`."""
-
-    row: int
-    table: list[int]
-    n_blocks: int = 0
 
 
 class BlockTables:
@@ -50,34 +41,34 @@ class BlockTables:
 
     def __init__(self) -> None:
         self._blocks = np.zeros((1, 1), np.int32)
-        self._rows: dict[Sequence, TableRow] = {}
         self._free = [0]
+        # Sequence -> its row, the list that was copied there, and how many of its blocks.
+        self._rows: dict[Sequence, tuple[int, list[int], int]] = {}
 
     def of(self, seqs: list[Sequence]) -> np.ndarray:
         """A copy of these sequences' rows: [len(seqs), longest table] int32, 0 past a table's end."""
         rows, longest = [], 0
         for seq in seqs:
-            table = seq.block_table
-            held = self._rows.get(seq)
-            if held is None or held.table is not table or held.n_blocks != len(table):
-                held = self._write(seq, held)
-            rows.append(held.row)
-            longest = max(longest, held.n_blocks)
+            row, table, n_blocks = self._rows.get(seq) or (-1, [], 0)
+            if row < 0 or table is not seq.block_table or n_blocks != len(table):
+                row, n_blocks = self._write(seq)
+            rows.append(row)
+            longest = max(longest, n_blocks)
         if len(self._rows) > len(seqs):
             for seq in self._rows.keys() - set(seqs):
-                self._free.append(self._rows.pop(seq).row)
+                self._free.append(self._rows.pop(seq)[0])
         return self._blocks[rows, :longest]
 
-    def _write(self, seq: Sequence, held: TableRow | None) -> TableRow:
+    def _write(self, seq: Sequence) -> tuple[int, int]:
         table = seq.block_table
-        if held is None or held.table is not table:
-            held = self._rows[seq] = TableRow(self._free_row() if held is None else held.row, table)
-            self._blocks[held.row] = 0
+        row, held, n_blocks = self._rows.get(seq) or (self._free_row(), None, 0)
+        if held is not table:
+            self._blocks[row], n_blocks = 0, 0
         if len(table) > self._blocks.shape[1]:
             self._blocks = np.pad(self._blocks, ((0, 0), (0, len(table))))
-        self._blocks[held.row, held.n_blocks : len(table)] = table[held.n_blocks :]
-        held.n_blocks = len(table)
-        return held
+        self._blocks[row, n_blocks : len(table)] = table[n_blocks:]
+        self._rows[seq] = row, table, len(table)
+        return row, len(table)
 
     def _free_row(self) -> int:
         if not self._free:
