@@ -92,35 +92,24 @@ class PromptSpan:
     reports: list[Report] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
-    """A plan laid out: the rows of its sequences one behind the other, in its order.
-
-    rows: [3, n_rows] int64: token id, position and flat row of the cache. cu_seqlens_q: [n_seqs + 1] int32.
-    seqlens_k: [n_seqs] int32. block_tables: [n_seqs, width] int32, 0 past an end.
-    unread: [n, 2] int64: a row whose token the host does not know yet, and its row of the last step.
-    sampled: places in the plan of the sequences that yield a token; sampled_rows: [n] int64, the rows that predict it.
-    prompt_spans: what is to be reported of prompts.
-    """
+    """A plan laid out: the rows of its sequences one behind the other, in its order. Nothing of it changes later."""
 
     plan: Plan
     block_size: int
-    rows: np.ndarray
-    cu_seqlens_q: np.ndarray
-    seqlens_k: np.ndarray
-    block_tables: np.ndarray
-    unread: np.ndarray
-    sampled: list[int]
-    sampled_rows: np.ndarray
+    rows: np.ndarray  # [3, n_rows] int64: token id, position and flat row of the cache
+    cu_seqlens_q: np.ndarray  # [n_seqs + 1] int32
+    seqlens_k: np.ndarray  # [n_seqs] int32
+    block_tables: np.ndarray  # [n_seqs, width] int32, 0 past an end
+    unread: np.ndarray  # [n, 2] int64: a row whose token the host does not know yet, and its row of the last step
+    sampled: list[int]  # places in the plan of the sequences that yield a token
+    sampled_rows: np.ndarray  # [len(sampled)] int64, the rows that predict it
     prompt_spans: list[PromptSpan]
 
     @classmethod
     def of(cls, plan: Plan, tables: BlockTables, block_size: int, last: LastStep | None) -> Step:
         """A planned token that its sequence does not have yet is the one that `last` yields; the device fills it in."""
-        firsts, counts = np.array(plan.firsts), np.array(plan.counts)
-        n_seqs = len(counts)
-        starts = np.zeros(n_seqs + 1, np.int32)
-        np.cumsum(counts, out=starts[1:])
         token_ids: list[int] = []
         unread: list[tuple[int, int]] = []
         spans: list[PromptSpan] = []
@@ -135,22 +124,25 @@ class Step:
             else:
                 unread.append((len(token_ids), last.row_of[seq]))
                 token_ids.append(0)
-        if len(token_ids) == n_seqs:
-            owners, positions = np.arange(n_seqs), firsts
+        firsts, n_seqs, n_rows = np.array(plan.firsts), len(plan.seqs), len(token_ids)
+        if n_rows == n_seqs:
+            starts = np.arange(n_seqs + 1, dtype=np.int32)
+            owners, positions, lengths = starts[:-1], firsts, firsts + 1
         else:
-            owners = np.repeat(np.arange(n_seqs), counts)
-            positions = np.arange(len(token_ids)) + (firsts - starts[:-1])[owners]
+            counts, starts = np.array(plan.counts), np.zeros(n_seqs + 1, np.int32)
+            np.cumsum(counts, out=starts[1:])
+            owners, lengths = np.repeat(np.arange(n_seqs), counts), firsts + counts
+            positions = np.arange(n_rows) + (firsts - starts[:-1])[owners]
         block_tables = tables.of(plan.seqs)
-        rows = np.empty((3, len(token_ids)), np.int64)
-        rows[0], rows[1] = token_ids, positions
-        rows[2] = block_tables[owners, positions // block_size]
+        rows = np.empty((3, n_rows), np.int64)
+        rows[0], rows[1], rows[2] = token_ids, positions, block_tables[owners, positions // block_size]
         rows[2] = rows[2] * block_size + positions % block_size
         return cls(
             plan=plan,
             block_size=block_size,
             rows=rows,
             cu_seqlens_q=starts,
-            seqlens_k=(firsts + counts).astype(np.int32),
+            seqlens_k=lengths.astype(np.int32),
             block_tables=block_tables,
             unread=np.array(unread, np.int64).reshape(-1, 2),
             sampled=[i for i, yields in enumerate(plan.yields) if yields],

@@ -49,25 +49,19 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepInputs(Generic[Array]):
-    """What a captured step reads, on the host or on the device; n_rows tokens of n_seqs sequences.
+    """What a captured step reads, on the host or on the device. int64 but for the last four, of `kernels.plan_capture`,
+    which are int32."""
 
-    token_ids, positions: [n_rows] int64. kv_index: [n_rows] int64, flat row of the cache; -1 for padding.
-    unread_rows, unread_sources: [n_seqs] int64, rows whose token the host does not know, and its row of the last step.
-    logit_rows: [n_seqs] int64, rows whose logits are made.
-    cu_seqlens_q: [n_seqs + 1]. seqlens_k: [n_seqs]. block_tables: [n_seqs, width]. tiles: [n_tiles, 2]. All int32, as
-    in `kernels.plan_capture`.
-    """
-
-    token_ids: Array
-    positions: Array
-    kv_index: Array
-    unread_rows: Array
-    unread_sources: Array
-    logit_rows: Array
-    cu_seqlens_q: Array
-    seqlens_k: Array
-    block_tables: Array
-    tiles: Array
+    token_ids: Array  # [n_rows]
+    positions: Array  # [n_rows]
+    kv_index: Array  # [n_rows], flat row of the cache; -1 for padding
+    unread_rows: Array  # [n_seqs], rows whose token the host does not know
+    unread_sources: Array  # [n_seqs], and its row of the last step
+    logit_rows: Array  # [n_seqs], rows whose logits are made
+    cu_seqlens_q: Array  # [n_seqs + 1]
+    seqlens_k: Array  # [n_seqs]
+    block_tables: Array  # [n_seqs, width]
+    tiles: Array  # [n_tiles, 2]
 
 
 class StepGraph:

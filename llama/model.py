@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -53,25 +53,19 @@ class Block(NamedTuple, Generic[Matrix]):
     down_proj: Matrix
 
 
-class Norm(Protocol):
-    """`kernels.rms_norm` with its eps: (normed, x + residual)."""
-
-    def __call__(self, x: Tensor, weight: Tensor, *, residual: Tensor | None) -> tuple[Tensor, Tensor]: ...
-
-
 def layer(
     block: Block[Matrix],
     h: Tensor,
     x: Tensor | None,
-    norm: Norm,
+    norm: Callable[..., tuple[Tensor, Tensor]],
     multiply: Callable[[Tensor, Matrix], Tensor],
     attend: Callable[[Tensor], Tensor],
     swiglu: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """One layer, written once for all ways of computing it.
+    """One layer, written once for all ways of computing it: each gives its own norm, multiply, attend and swiglu.
 
-    x: the residual stream before h is added to it; None: h is all of it. Returns the next h and x, of the same shape.
-    attend: q, k and v of the rows, one behind the other, to the heads' results, one behind the other.
+    x: the residual stream before h is added to it; None: h is all of it. Returns the next h and x, of the same shapes.
+    norm: as `kernels.rms_norm`, with its eps. attend: qkv to the results of all heads, side by side.
     """
     h, x = norm(h, block.attn_norm, residual=x)
     h = multiply(attend(multiply(h, block.qkv_proj)), block.o_proj)

@@ -13,6 +13,11 @@ from llama.errors import ContextLengthExceeded, InvalidRequest
 # Below this a temperature is greedy: dividing by it would only turn rounding noise into choices.
 GREEDY_BELOW = 1e-4
 
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 2), "top_p": (0, 1), "min_p": (0, 1), "repetition_penalty": (0, 10),
+    "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -45,12 +50,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _number("temperature", self.temperature, 0, 2)
-        _number("top_p", self.top_p, 0, 1)
-        _number("min_p", self.min_p, 0, 1)
-        _number("presence_penalty", self.presence_penalty, -2, 2)
-        _number("frequency_penalty", self.frequency_penalty, -2, 2)
-        _number("repetition_penalty", self.repetition_penalty, 0, 10)
+        for name, (low, high) in _RANGES.items():
+            _number(name, getattr(self, name), low, high)
         if self.repetition_penalty == 0:
             raise InvalidRequest("repetition_penalty", self.repetition_penalty, "must be above 0")
         _integer("top_k", self.top_k, -1, 1 << 31)
@@ -120,6 +121,7 @@ def check_request(request: Request, vocab_size: int, max_seq_len: int, max_cache
             raise InvalidRequest(name, getattr(request, name), f"must be of type {kind.__name__}")
     _integer("n", request.n, 1, limits.n)
     _check_amounts(request.params, limits)
+    max_tokens = request.params.max_tokens
     if not request.prompts:
         raise InvalidRequest("prompt", [], "at least one prompt is needed")
     if len(request.prompts) * request.n > limits.sequences:
@@ -138,14 +140,12 @@ def check_request(request: Request, vocab_size: int, max_seq_len: int, max_cache
             if type(token_id) is not int or not 0 <= token_id < vocab_size:
                 raise InvalidRequest("prompt", token_id, f"token ids must be whole numbers from 0 to {vocab_size - 1}")
         # max_tokens=0 (only the prompt is scored) may fill the context; otherwise one position must be left.
-        room = max_seq_len if request.params.max_tokens == 0 else max_seq_len - 1
+        room = max_seq_len if max_tokens == 0 else max_seq_len - 1
         if len(prompt) > room:
             raise ContextLengthExceeded(len(prompt), room)
-        longest = len(prompt) + (
-            request.params.max_tokens or 0 if request.params.max_tokens is not None else max_seq_len
-        )
-        if min(longest, max_seq_len) > max_cached:
-            raise ContextLengthExceeded(min(longest, max_seq_len), max_cached, "the KV cache")
+        longest = max_seq_len if max_tokens is None else min(len(prompt) + max_tokens, max_seq_len)
+        if longest > max_cached:
+            raise ContextLengthExceeded(longest, max_cached, "the KV cache")
 
 
 def _check_amounts(params: SamplingParams, limits: Limits) -> None:

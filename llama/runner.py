@@ -131,7 +131,7 @@ class Runner:
         self._last = None
         if logits is not None:
             seqs = [plan.seqs[i] for i in step.sampled]
-            sampled = self.sampler.sample(logits, seqs, step.seqlens_k[step.sampled].tolist())
+            sampled = self.sampler.sample(logits, seqs, [plan.firsts[i] + plan.counts[i] for i in step.sampled])
             self._last = LastStep(sampled.device_ids, seqs)
         if self.device.type == "cuda":
             done = torch.cuda.Event()

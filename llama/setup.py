@@ -77,15 +77,14 @@ def resolve(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
 
 def build_runner(setup: Setup, progress: bool) -> Runner:
     """Load (or make up) the weights, allocate the cache, capture the graphs. Called in the engine thread."""
-    config, device, dtype = setup.model_config, setup.device, setup.dtype
+    config, device, dtype, plan = setup.model_config, setup.device, setup.dtype, setup.memory_plan
     if setup.model_dir is None:
         parameters = random_parameters(config, dtype, device)
     else:
         parameters = load_parameters(setup.model_dir, config, dtype, device, progress)
     model = Transformer(config, parameters, setup.max_seq_len, setup.batch_invariant, keep_rows=setup.config.compile)
-    plan = setup.memory_plan
-    cache_dtype = kernels.cache_dtype(dtype, device)
-    with torch.inference_mode():  # views of it are then tensors like any other to torch.compile
+    with torch.inference_mode():
+        cache_dtype = kernels.cache_dtype(dtype, device)
         cache = KVCache.empty(config, plan.num_blocks, plan.block_size, cache_dtype, device)
     executors: list[Executor] = []
     if device.type == "cuda" and setup.config.cuda_graphs:

@@ -1,4 +1,4 @@
-"""The compiled forms of a step as executors of the runner, and what becomes of those that fail."""
+"""The compiled forms of a step as executors of the runner, and what happens when one fails."""
 
 from __future__ import annotations
 

@@ -31,18 +31,13 @@ _PROMPT_KEYS = 8192
 _MAX_PADDING = 4
 _MAX_BLOCKS = 4096  # of one sequence; Inductor would compile longer sums anew
 
-# (x, weights of each layer, cos_sin, positions, kv_index, keys and values of each, blocks) -> x, what is to be stored
-Layers = Callable[
-    [Tensor, list[Block[Tensor]], Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]], QueryBlocks], tuple[Tensor, ...]
-]
-
 
 class ManyRows:
     """Constructing it compiles, for some seconds to half a minute, under torch.inference_mode (`OneRow`)."""
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
-        self._layers: Layers = compile_isolated(_layers_of(model), _is_size, any_threads=True)
+        self._layers = compile_isolated(_layers_of(model), _is_size, any_threads=True)
         self._head = compile_isolated(_head_of(model), _is_size, any_threads=True)
         cached = iter([(k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(cache.k, cache.v, strict=True)])
         groups = group_layers(model.blocks, lambda matrix: matrix.data)
@@ -104,12 +99,12 @@ def _is_size(name: str, guard_type: str) -> bool:
     return guard_type == "SHAPE_ENV" or name in ("x", "rows", "blocks.rows", "blocks.tables")
 
 
-def _layers_of(model: Transformer) -> Layers:
+def _layers_of(model: Transformer) -> Callable[..., tuple[Tensor, ...]]:
     """Some layers. x: [rows, dim] fp32. cos_sin: the model's. positions, kv_index: [rows] int64. cached: keys and
     values of each layer, as rows of the cache; written in place. Returns x and what Inductor is to store."""
     config = model.config
     head_dim, scale, sizes = config.head_dim, config.head_dim**-0.5, [config.q_dim, config.kv_dim, config.kv_dim]
-    norm, multiply = partial(rms_norm, eps=config.norm_eps), _multiply_in(model.embedding.dtype)
+    norm, multiply = partial(rms_norm, eps=config.norm_eps), _multiply_of(model)
 
     def layers(
         x: Tensor,
@@ -140,7 +135,7 @@ def _layers_of(model: Transformer) -> Layers:
 
 
 def _head_of(model: Transformer) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    eps, multiply = model.config.norm_eps, _multiply_in(model.embedding.dtype)
+    eps, multiply = model.config.norm_eps, _multiply_of(model)
 
     def head(x: Tensor, rows: Tensor, weight: Tensor, lm_head: Tensor) -> Tensor:
         return multiply(rms_norm(x[rows], weight, eps)[0], lm_head)
@@ -148,11 +143,15 @@ def _head_of(model: Transformer) -> Callable[[Tensor, Tensor, Tensor, Tensor], T
     return head
 
 
-def _multiply_in(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+def _multiply_of(model: Transformer) -> Callable[[Tensor, Tensor], Tensor]:
     """(x fp32, `data` of a LinearWeight) -> their product in fp32, multiplied in the model's dtype."""
+    dtype, block = model.embedding.dtype, model.blocks[0]
+    matrices = (block.qkv_proj, block.o_proj, block.gate_up_proj, block.down_proj, model.lm_head)
+    # A traced tensor does not tell its layout, but all matrices of one shape have the same.
+    blocked = {(matrix.n, matrix.k) for matrix in matrices if matrix.blocked}
 
     def multiply(x: Tensor, weight: Tensor) -> Tensor:
-        product = packed_linear if weight.is_mkldnn else F.linear
+        product = packed_linear if tuple(weight.shape) in blocked else F.linear
         return product(x.to(dtype), weight).float()
 
     return multiply

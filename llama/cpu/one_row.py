@@ -21,20 +21,17 @@ from llama.model import Block, Transformer, layer
 # Inductor compiles sizes 0 and 1 as constants; with this many cached tokens all lengths share one function.
 _MIN_CACHED = 2
 
-# (x, weights of each layer, cos_sin, keys and values of each) -> x, the new token's, and what is to be stored
-Layers = Callable[[Tensor, list[Block[Tensor]], Tensor, list[Tensor]], tuple[Tensor, ...]]
-
 
 class OneRow:
     """model: with the rows of its weights (`keep_rows`). Constructing it compiles, for some seconds to a minute.
 
-    All of it under torch.inference_mode, the making of the cache as well: for tensors of another kind, or views of
-    them, torch.compile would compile once more, and the first request would wait for that.
+    Make it, and the cache, under torch.inference_mode, as steps run: torch.compile would compile once more for tensors
+    of another kind or views of them, and the first request would wait for that.
     """
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache
-        self._layers: Layers = compile_isolated(_layers_of(model), _is_length, any_threads=False)
+        self._layers = compile_isolated(_layers_of(model), _is_length, any_threads=False)
         self._head = compile_isolated(_head_of(model), _is_length, any_threads=False)
         self._groups = group_layers(model.blocks, lambda matrix: matrix.one_row)
         self._lm_head = model.lm_head.one_row
@@ -82,7 +79,7 @@ def _is_length(name: str, guard_type: str) -> bool:
     return "cached" in name and name.endswith("[0]")
 
 
-def _layers_of(model: Transformer) -> Layers:
+def _layers_of(model: Transformer) -> Callable[..., tuple[Tensor, ...]]:
     """Some layers on one row. x: [dim] fp32. cos_sin: [head_dim]. cached: keys, then values, of each layer, [n,
     n_kv_heads, head_dim] fp32, of the tokens before.
 

@@ -67,16 +67,16 @@ def both(config: ModelConfig, dtype: torch.dtype = torch.float32, size: int = 16
         return Both(model, plain, compiled, batch)
 
 
-def step_of(work: Work, size: int = 16) -> Step:
-    """Blocks in any order, each used once."""
+def step_of(work: Work, size: int = 16, n_blocks: int = N_BLOCKS) -> Step:
+    """Blocks in any order, each used once, of a cache of so many blocks of 16 tokens."""
     dice = np.random.default_rng(len(work))
-    order = (1 + dice.permutation(N_BLOCKS * 16 // size - 1)).tolist()
+    order = (1 + dice.permutation(n_blocks * 16 // size - 1)).tolist()
     plan = Plan()
     for first, count, yields in work:
         ids = dice.integers(3, 300, first + count).tolist()
         seq = Sequence(Request([[1]], SamplingParams()), 0, ids, 1, 256, 0, frozenset())
-        n_blocks = -(-len(ids) // size)
-        seq.num_computed, seq.block_table, order = first, order[:n_blocks], order[n_blocks:]
+        n = -(-len(ids) // size)
+        seq.num_computed, seq.block_table, order = first, order[:n], order[n:]
         plan.add(seq, first, count, yields)
     return Step.of(plan, BlockTables(), size, None)
 
@@ -204,7 +204,7 @@ def test_after_others_have_reset_the_compiler() -> None:
     ],
 )
 def test_which_steps_it_serves(work: Work, served: bool) -> None:
-    assert both(GROUPED).batch.serves(step_of(work)) == served
+    assert both(GROUPED).batch.serves(step_of(work, n_blocks=5000)) == served
 
 
 def test_a_token_that_is_not_known_yet() -> None:
