@@ -237,7 +237,7 @@ class EngineConfig:
     batch_invariant: same bits alone and in any batch; None: on for CUDA, off for the CPU, where it costs most speed.
     cuda_graphs: replay decodes and short prompts as CUDA graphs; nothing on the CPU. Default on.
     compile: on the CPU, decodes and short prompts by layers that torch.compile made; not with batch_invariant or
-        steps_ahead. Twice the memory of the weights, up to a minute at the first start, a C++ compiler. Default off.
+        steps_ahead. Takes twice the memory of the weights, a C++ compiler, and time at the start. Default off.
     steps_ahead: launch a step before the one before it is read; None: on for CUDA, off for the CPU, which has no time
         to gain from it.
     threads: CPU threads of one operation; None: torch's own number, and one in very small steps.

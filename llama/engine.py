@@ -160,7 +160,7 @@ class Engine:
         each = list(params) if isinstance(params, SequenceOf) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
             raise InvalidRequest("params", len(each), f"must be one, or one for each of the {len(prompts)} prompts")
-        requests = [Request([self.encode(p)], one) for p, one in zip(prompts, each, strict=True)]
+        requests = [Request([self.encode(text)], chosen) for text, chosen in zip(prompts, each, strict=True)]
         for request in requests:
             self._check(request)
         streams: list[Stream] = []

@@ -31,9 +31,9 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 
 DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 PROMPT_SIZES = (16, 64, 128, 192, 256)
-# Sequences and tiles of a bucket for prompts. For what a step does not use of them, every layer starts programs that
-# find nothing to do; and the more sequences, the fewer programs share the keys of one.
-_PROMPT_ROOMS = ((4, 8), (12, 12), (32, 16))
+# Sequences and tiles of the buckets for prompts. For what a step does not use of them, every layer starts programs that
+# find nothing to do; and the more sequences, the fewer programs share the keys of each.
+_PROMPT_SEQS_AND_TILES = ((4, 8), (12, 12), (32, 16))
 
 
 class Bucket(NamedTuple):
@@ -137,7 +137,7 @@ class GraphExecutor:
         self.prompt_buckets = [
             Bucket(size, min(n_seqs, size), n_tiles)
             for size in sizes_up_to(max_tokens, PROMPT_SIZES)
-            for n_seqs, n_tiles in _PROMPT_ROOMS
+            for n_seqs, n_tiles in _PROMPT_SEQS_AND_TILES
         ]
         self._graphs: dict[Bucket, StepGraph | None] = {}
 
@@ -152,9 +152,9 @@ class GraphExecutor:
 
     def capture_all(self, up_to: int) -> None:
         """Capture the graphs for up to that many sequences, largest first, so that serving need not stop for it."""
-        rooms = [n_seqs for n_seqs, _ in _PROMPT_ROOMS]
+        prompts = [n_seqs for n_seqs, _ in _PROMPT_SEQS_AND_TILES]
         decodes = [bucket.n_seqs for bucket in self.decode_buckets]
-        for buckets, sizes in ((self.prompt_buckets, rooms), (self.decode_buckets, decodes)):
+        for buckets, sizes in ((self.prompt_buckets, prompts), (self.decode_buckets, decodes)):
             enough = next((size for size in sizes if size >= up_to), sizes[-1])
             for bucket in reversed(buckets):
                 if bucket.n_seqs <= enough:

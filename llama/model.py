@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ Matrix = TypeVar("Matrix")  # what a layer multiplies with: a LinearWeight, or a
 
 
 class Block(NamedTuple, Generic[Matrix]):
-    """One layer's weights; shapes as in `parameter_shapes`."""
+    """One layer's weights; names and shapes as in `parameter_shapes`."""
 
     attn_norm: Tensor
     qkv_proj: Matrix
@@ -89,22 +89,15 @@ class Transformer:
     ) -> None:
         self.config, self.batch_invariant = config, batch_invariant
 
-        def take(name: str) -> LinearWeight:
-            return kernels.pack_weight(parameters.pop(name), keep_rows)
+        def take(name: str) -> Any:
+            tensor = parameters.pop(name)
+            return tensor if name.endswith("norm") else kernels.pack_weight(tensor, keep_rows)
 
         self.embedding = parameters.pop("embedding")
         self.lm_head = kernels.pack_weight(self.embedding, keep_rows) if config.tie_embeddings else take("lm_head")
         self.norm = parameters.pop("norm")
         self.blocks: list[Block[LinearWeight]] = [
-            Block(
-                attn_norm=parameters.pop(f"layers.{i}.attn_norm"),
-                qkv_proj=take(f"layers.{i}.qkv_proj"),
-                o_proj=take(f"layers.{i}.o_proj"),
-                mlp_norm=parameters.pop(f"layers.{i}.mlp_norm"),
-                gate_up_proj=take(f"layers.{i}.gate_up_proj"),
-                down_proj=take(f"layers.{i}.down_proj"),
-            )
-            for i in range(config.n_layers)
+            Block(*(take(f"layers.{i}.{name}") for name in Block._fields)) for i in range(config.n_layers)
         ]
         self.cos_sin = kernels.rope_table(
             config.head_dim, max_seq_len, config.rope_theta, config.rope_scale, self.embedding.device

@@ -6,8 +6,8 @@ import asyncio
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -62,15 +62,8 @@ class Slots:
         arrived: SimpleQueue[None] = SimpleQueue()
         waiter = self._take_or_queue(bool(wait), partial(arrived.put, None))
         if waiter is not None:
-            timeout = None if wait is True else float(wait or 0)
-            try:
-                arrived.get(timeout=timeout)
-            except Empty:
-                pass
-            except BaseException:
-                self._leave(waiter)
-                raise
-            self._check(waiter)
+            with self._in_line(waiter):
+                arrived.get(timeout=None if wait is True else float(wait or 0))
         return Seat(self._give_back)
 
     async def acquire_async(self, wait: float | bool | None = None) -> Seat:
@@ -84,15 +77,8 @@ class Slots:
 
         waiter = self._take_or_queue(bool(wait), wake)
         if waiter is not None:
-            timeout = None if wait is True else float(wait or 0)
-            try:
-                await asyncio.wait_for(arrived.wait(), timeout)
-            except TimeoutError:
-                pass
-            except BaseException:
-                self._leave(waiter)
-                raise
-            self._check(waiter)
+            with self._in_line(waiter):
+                await asyncio.wait_for(arrived.wait(), None if wait is True else float(wait or 0))
         return Seat(self._give_back)
 
     def close(self) -> None:
@@ -116,21 +102,25 @@ class Slots:
             self._line.append(waiter)
             return waiter
 
-    def _check(self, waiter: _Waiter) -> None:
+    @contextmanager
+    def _in_line(self, waiter: _Waiter) -> Iterator[None]:
+        """Around the wait for a seat. Raises unless one has come in time."""
+        try:
+            with suppress(Empty, TimeoutError):
+                yield
+        except BaseException:  # interrupted; a seat that came at the same moment goes to the next
+            with self._lock:
+                if waiter.got_it is None:
+                    self._line.remove(waiter)
+                elif waiter.got_it:
+                    self._give_back()
+            raise
         with self._lock:
             if waiter.got_it is None:
                 self._line.remove(waiter)
                 raise SlotsFull(self.limit, self.expected_wait())
         if not waiter.got_it:
             raise EngineClosed("the engine was closed while the request waited for a slot")
-
-    def _leave(self, waiter: _Waiter) -> None:
-        """Someone in line was interrupted; a seat that came at the same moment goes to the next."""
-        with self._lock:
-            if waiter.got_it is None:
-                self._line.remove(waiter)
-            elif waiter.got_it:
-                self._give_back()
 
     def _give_back(self) -> None:
         with self._lock:

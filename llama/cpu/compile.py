@@ -48,16 +48,8 @@ def group_layers(
 ) -> list[list[Block[Tensor]]]:
     """The layers of each call, with every matrix in the form that is multiplied."""
     size = next(size for size in _GROUP_SIZES if len(blocks) % size == 0)
-    layers = [
-        Block(
-            block.attn_norm,
-            tensor_of(block.qkv_proj),
-            tensor_of(block.o_proj),
-            block.mlp_norm,
-            tensor_of(block.gate_up_proj),
-            tensor_of(block.down_proj),
-        )
-        for block in blocks
+    layers: list[Block[Tensor]] = [
+        Block(*(tensor_of(part) if isinstance(part, LinearWeight) else part for part in block)) for block in blocks
     ]
     return [layers[i : i + size] for i in range(0, len(layers), size)]
 

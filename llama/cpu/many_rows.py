@@ -33,7 +33,7 @@ _MAX_BLOCKS = 4096  # of one sequence; Inductor would compile longer sums anew
 
 
 class ManyRows:
-    """Constructing it compiles, for some seconds to half a minute, under torch.inference_mode (`OneRow`)."""
+    """Constructing it compiles, under torch.inference_mode (`OneRow`)."""
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self.model, self.cache = model, cache

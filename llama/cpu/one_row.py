@@ -23,7 +23,7 @@ _MIN_CACHED = 2
 
 
 class OneRow:
-    """model: with the rows of its weights (`keep_rows`). Constructing it compiles, for some seconds to a minute.
+    """model: with the rows of its weights (`keep_rows`). Constructing it compiles.
 
     Make it, and the cache, under torch.inference_mode, as steps run: torch.compile would compile once more for tensors
     of another kind or views of them, and the first request would wait for that.
