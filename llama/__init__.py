@@ -4,6 +4,8 @@ The names are fetched when they are first used, so that importing a part of this
 configuration, requests, the scheduler) does not load it.
 """
 
+# ruff: noqa: F401 (the imports below tell type checkers what `__getattr__` gives)
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,35 +22,16 @@ if TYPE_CHECKING:
 __project__ = "llama-slots"  # _floor.py looks for it
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Completion": "llama.engine",
-    "Delta": "llama.stream",
-    "Engine": "llama.engine",
-    "EngineConfig": "llama.config",
-    "EngineStats": "llama.engine",
-    "FinishReason": "llama.sequence",
-    "Limits": "llama.config",
-    "ModelConfig": "llama.config",
-    "Request": "llama.request",
-    "SamplingParams": "llama.request",
-    "Stream": "llama.stream",
-    "Tokenizer": "llama.tokenizer",
+_NAMES = {
+    "llama.config": ("EngineConfig", "Limits", "ModelConfig"),
+    "llama.engine": ("Completion", "Engine", "EngineStats"),
+    "llama.request": ("Request", "SamplingParams"),
+    "llama.sequence": ("FinishReason",),
+    "llama.stream": ("Delta", "Stream"),
+    "llama.tokenizer": ("Tokenizer",),
 }
-
-__all__ = [
-    "Completion",
-    "Delta",
-    "Engine",
-    "EngineConfig",
-    "EngineStats",
-    "FinishReason",
-    "Limits",
-    "ModelConfig",
-    "Request",
-    "SamplingParams",
-    "Stream",
-    "Tokenizer",
-]
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

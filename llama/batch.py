@@ -1,8 +1,8 @@
-"""`Batch`: a plan as tensors, the way the model wants it."""
+"""`Step`: a plan laid out once, on the host. `Batch`: the same as tensors, the way the model wants it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from llama.sampler import Report
 from llama.scheduler import Plan
 from llama.sequence import Sequence
 
@@ -26,63 +27,163 @@ class LastStep:
         return {seq: row for row, seq in enumerate(self.seqs)}
 
     def fill(self, token_ids: Tensor, rows: Tensor, sources: Tensor) -> None:
-        """token_ids[rows] = ids[sources], all int64 on the device. What follows a -1 is of no use to anybody, but must
-        not index anything with it."""
+        """token_ids[rows] = ids[sources], all int64 on the device. A -1 becomes 0: its row is computed for nothing, but
+        must not index anything."""
         token_ids[rows] = self.ids[sources].clamp(min=0)
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """A plan's sequences one behind the other, in its order, on the host.
+class BlockTables:
+    """The block tables of the last step's sequences, one row each. A step writes only the blocks that were appended.
 
-    rows: [3, n_rows] int64: token id, position and flat row of the cache. cu_seqlens_q: [n_seqs + 1] int32.
-    seqlens_k: [n_seqs] int32. block_tables: [n_seqs, width] int32, 0 past an end.
-    unread: [n, 2] int64: a row whose token the host does not know yet, and its row of the last step.
+    A sequence keeps its row from step to step. Its table is written anew after a step without it, and when preemption
+    has given it another list; a list only ever grows.
     """
 
-    rows: np.ndarray
-    cu_seqlens_q: np.ndarray
-    seqlens_k: np.ndarray
-    block_tables: np.ndarray
-    unread: np.ndarray
+    def __init__(self) -> None:
+        self._blocks = np.zeros((1, 1), np.int32)
+        self._free = [0]
+        # Sequence -> its row, the list that was copied there, and how many of its blocks.
+        self._rows: dict[Sequence, tuple[int, list[int], int]] = {}
+
+    def of(self, seqs: list[Sequence]) -> np.ndarray:
+        """A copy of these sequences' rows: [len(seqs), longest table] int32, 0 past a table's end."""
+        rows, longest = [], 0
+        for seq in seqs:
+            row, table, n_blocks = self._rows.get(seq) or (-1, [], 0)
+            if row < 0 or table is not seq.block_table or n_blocks != len(table):
+                row, n_blocks = self._write(seq)
+            rows.append(row)
+            longest = max(longest, n_blocks)
+        if len(self._rows) > len(seqs):
+            for seq in self._rows.keys() - set(seqs):
+                self._free.append(self._rows.pop(seq)[0])
+        return self._blocks[rows, :longest]
+
+    def _write(self, seq: Sequence) -> tuple[int, int]:
+        table = seq.block_table
+        row, held, n_blocks = self._rows.get(seq) or (self._free_row(), None, 0)
+        if held is not table:
+            self._blocks[row], n_blocks = 0, 0
+        if len(table) > self._blocks.shape[1]:
+            self._blocks = np.pad(self._blocks, ((0, 0), (0, len(table))))
+        self._blocks[row, n_blocks : len(table)] = table[n_blocks:]
+        self._rows[seq] = row, table, len(table)
+        return row, len(table)
+
+    def _free_row(self) -> int:
+        if not self._free:
+            n_rows = len(self._blocks)
+            self._blocks = np.pad(self._blocks, ((0, n_rows), (0, 0)))
+            self._free = list(range(n_rows, 2 * n_rows))
+        return self._free.pop()
+
+
+@dataclass(slots=True)
+class PromptSpan:
+    """Prompt tokens whose logprobs are asked for: those behind positions first to first + n - 1 of the sequence.
+
+    row: the step's row of position first. reports: filled in by the executor that computes the step.
+    """
+
+    seq: Sequence
+    first: int
+    n: int
+    row: int
+    reports: list[Report] = field(default_factory=list)
+
+
+@dataclass
+class Step:
+    """A plan laid out: the rows of its sequences one behind the other, in its order. Nothing of it changes later."""
+
+    plan: Plan
+    block_size: int
+    rows: np.ndarray  # [3, n_rows] int64: token id, position and flat row of the cache
+    cu_seqlens_q: np.ndarray  # [n_seqs + 1] int32
+    seqlens_k: np.ndarray  # [n_seqs] int32
+    block_tables: np.ndarray  # [n_seqs, width] int32, 0 past an end
+    unread: np.ndarray  # [n, 2] int64: a row whose token the host does not know yet, and its row of the last step
+    sampled: list[int]  # places in the plan of the sequences that yield a token
+    sampled_rows: np.ndarray  # [len(sampled)] int64, the rows that predict it
+    prompt_spans: list[PromptSpan]
 
     @classmethod
-    def of(cls, plan: Plan, block_size: int, last: LastStep | None) -> Layout:
-        """last: where to find tokens not read yet."""
-        n_seqs = len(plan.seqs)
-        rows = np.empty((3, plan.n_tokens), np.int64)
-        starts = np.zeros(n_seqs + 1, np.int32)
-        lengths = np.empty(n_seqs, np.int32)
-        tables = np.zeros((n_seqs, max(len(seq.block_table) for seq in plan.seqs)), np.int32)
+    def of(cls, plan: Plan, tables: BlockTables, block_size: int, last: LastStep | None) -> Step:
+        """A planned token that its sequence does not have yet is the one that `last` yields; the device fills it in."""
+        token_ids: list[int] = []
         unread: list[tuple[int, int]] = []
-        row = 0
-        for i, (seq, first, n) in enumerate(zip(plan.seqs, plan.firsts, plan.counts, strict=True)):
-            ids, table = seq.token_ids, seq.block_table
-            tables[i, : len(table)] = table
-            if n == 1:
-                if first < len(ids) or last is None:
-                    token = ids[first]
-                else:
-                    token = 0
-                    unread.append((row, last.row_of[seq]))
-                rows[:, row] = token, first, table[first // block_size] * block_size + first % block_size
+        spans: list[PromptSpan] = []
+        for seq, first, n in zip(plan.seqs, plan.firsts, plan.counts, strict=True):
+            ids = seq.token_ids
+            if first < seq.n_prompt - 1 and seq.params.prompt_logprobs is not None:
+                spans += _prompt_spans(seq, first, n, len(token_ids))
+            if n > 1:
+                token_ids += ids[first : first + n]
+            elif first < len(ids) or last is None:
+                token_ids.append(ids[first])
             else:
-                at = np.arange(first, first + n)
-                rows[0, row : row + n] = ids[first : first + n]
-                rows[1, row : row + n] = at
-                rows[2, row : row + n] = tables[i, at // block_size].astype(np.int64) * block_size + at % block_size
-            row += n
-            starts[i + 1] = row
-            lengths[i] = first + n
-        return cls(rows, starts, lengths, tables, np.array(unread, np.int64).reshape(-1, 2))
+                unread.append((len(token_ids), last.row_of[seq]))
+                token_ids.append(0)
+        firsts, n_seqs, n_rows = np.array(plan.firsts), len(plan.seqs), len(token_ids)
+        if n_rows == n_seqs:
+            starts = np.arange(n_seqs + 1, dtype=np.int32)
+            owners, positions, lengths = starts[:-1], firsts, firsts + 1
+        else:
+            counts, starts = np.array(plan.counts), np.zeros(n_seqs + 1, np.int32)
+            np.cumsum(counts, out=starts[1:])
+            owners, lengths = np.repeat(np.arange(n_seqs), counts), firsts + counts
+            positions = np.arange(n_rows) + (firsts - starts[:-1])[owners]
+        block_tables = tables.of(plan.seqs)
+        rows = np.empty((3, n_rows), np.int64)
+        rows[0], rows[1], rows[2] = token_ids, positions, block_tables[owners, positions // block_size]
+        rows[2] = rows[2] * block_size + positions % block_size
+        return cls(
+            plan=plan,
+            block_size=block_size,
+            rows=rows,
+            cu_seqlens_q=starts,
+            seqlens_k=lengths.astype(np.int32),
+            block_tables=block_tables,
+            unread=np.array(unread, np.int64).reshape(-1, 2),
+            sampled=[i for i, yields in enumerate(plan.yields) if yields],
+            sampled_rows=starts[1:][plan.yields].astype(np.int64) - 1,
+            prompt_spans=spans,
+        )
+
+    @property
+    def n_rows(self) -> int:
+        return self.rows.shape[1]
+
+    @cached_property
+    def tiles(self) -> np.ndarray:
+        """`kernels.prefill_tiles` of the pieces of more than one token."""
+        if self.n_rows == len(self.seqlens_k):
+            return np.empty((0, 2), np.int32)
+        return kernels.prefill_tiles(self.cu_seqlens_q, self.seqlens_k)
+
+    @property
+    def logit_rows(self) -> np.ndarray:
+        """[n] int64: the sampled rows, then those of the prompt spans."""
+        if not self.prompt_spans:
+            return self.sampled_rows
+        return np.concatenate((self.sampled_rows, *(np.arange(s.row, s.row + s.n) for s in self.prompt_spans)))
+
+
+def _prompt_spans(seq: Sequence, first: int, n: int, row: int) -> list[PromptSpan]:
+    """The span among n tokens of a prompt, from position first and the step's row `row` on, if there is one.
+
+    The row of position p predicts p + 1. What an earlier run reported is not reported again.
+    """
+    begin, end = max(first, len(seq.prompt_logprobs)), min(first + n, seq.n_prompt - 1)
+    return [PromptSpan(seq, begin, end - begin, row + begin - first)] if begin < end else []
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step.
+    """One step on the device.
 
     token_ids, positions, kv_index: [rows] int64, a row per token to compute; kv_index is its flat row in the cache.
-    attention: which rows and cache blocks belong together. logit_rows: [n] int64, rows whose logits are wanted.
+    attention: which rows and cache blocks belong together. logit_rows: [n] int64, rows whose logits are made.
     """
 
     token_ids: Tensor
@@ -92,14 +193,13 @@ class Batch:
     logit_rows: Tensor
 
     @classmethod
-    def from_plan(
-        cls, plan: Plan, logit_rows: list[int], block_size: int, device: torch.device, last: LastStep | None = None
-    ) -> Batch:
-        """On the device, as `Layout` has it. last: where to find tokens not read yet."""
-        made = Layout.of(plan, block_size, last)
-        known, wanted, pairs = kernels.upload(device, made.rows, np.array(logit_rows, np.int64), made.unread)
-        token_ids, positions, kv_index = known.unbind(0)
-        if last is not None and len(pairs):
-            last.fill(token_ids, *pairs.unbind(1))
-        attention = kernels.plan_attention(made.cu_seqlens_q, made.seqlens_k, made.block_tables, block_size, device)
-        return cls(token_ids, positions, kv_index, attention, wanted)
+    def of(cls, step: Step, logit_rows: np.ndarray, device: torch.device, last: LastStep | None) -> Batch:
+        """last: has the tokens that are not read yet."""
+        rows, logits_of, unread = kernels.upload(device, step.rows, logit_rows, step.unread)
+        token_ids, positions, kv_index = rows.unbind(0)
+        if last is not None and len(unread):
+            last.fill(token_ids, *unread.unbind(1))
+        attention = kernels.plan_attention(
+            step.cu_seqlens_q, step.seqlens_k, step.block_tables, step.block_size, device
+        )
+        return cls(token_ids, positions, kv_index, attention, logits_of)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 PAD_BLOCK = 0
-# The oldest 1 / _OLD of the idle blocks may be given up out of turn, though others are blank: for room side by side.
+# The oldest 1 / _OLD of the idle blocks may be given up though others are blank, for room side by side.
 _OLD = 8
 
 
@@ -44,9 +44,9 @@ class BlockPool:
         self.num_blocks, self.block_size, self.prefix_cache = num_blocks, block_size, prefix_cache
         self._refs = [0] * num_blocks
         self._blank = dict.fromkeys(range(num_blocks - 1, PAD_BLOCK, -1))  # taken from the end: low numbers first
-        # 1: blank, and not kept for the growth of the owner of the blocks before it. A hint for placing, no more.
+        # 1: blank, and not reserved for the growth of the owner of the blocks before it. A hint for placing, no more.
         self._open = bytearray(b"\0" + b"\1" * (num_blocks - 1))
-        # Block -> its number among all that became idle, oldest first. A plain dict would be slow to find its first.
+        # Block -> its number among all that became idle, oldest first. A plain dict is slow to find its first key.
         self._idle: OrderedDict[int, int] = OrderedDict()
         self._n_idled = 0
         self._cached: dict[int, CachedBlock] = {}
@@ -64,12 +64,10 @@ class BlockPool:
         return -(-n_tokens // self.block_size)
 
     def allocate(self, after: int = PAD_BLOCK, room: int = 1) -> int:
-        """A block for a new owner. Blocks side by side can be read without a copy, so it is placed with care:
+        """A block for an owner. The caller makes sure that n_free is not 0.
 
-        behind `after`, the owner's last block, if that one is blank or old; else at the start of `room` blank ones, as
-        many as the owner may come to need, which others leave alone while there are more; else at the start of old
-        ones, which become blank and are kept for it alike, though single blank ones be left; else anywhere.
-        The caller makes sure that n_free is not 0. The prefix cache forgets old blocks that were taken.
+        after: the owner's last block, or the pad block. room: how many blocks the owner may come to need. The CPU reads
+        blocks that lie side by side without a copy, so the block is placed as `_place` says.
         """
         block = self._place(after, room)
         if block in self._idle:
@@ -80,6 +78,9 @@ class BlockPool:
         return block
 
     def _place(self, after: int, room: int) -> int:
+        """Try in turn: (1) the block right after `after`, if it is blank or old; (2) the first run of `room` unreserved
+        blank blocks, and reserve the rest of it; (3) a run of the oldest idle blocks, which the prefix cache forgets,
+        and reserve the rest of it; (4) any free block."""
         if after != PAD_BLOCK and (after + 1 in self._blank or self._is_old(after + 1)):
             return after + 1
         block = self._open.find(b"\1" * room)
@@ -87,8 +88,7 @@ class BlockPool:
             self._open[block : block + room] = bytes(room)
             return block
         if 0 < room <= len(self._idle) // _OLD:
-            # An owner's blocks became idle from its last one down.
-            last = first = next(iter(self._idle))
+            last = first = next(iter(self._idle))  # an owner's blocks became idle from its last one down
             while first > last - room + 1 and (self._open[first - 1] or self._is_old(first - 1)):
                 first -= 1
             for block in range(first, last + 1):
@@ -141,10 +141,10 @@ class BlockPool:
             return blocks, keys
         key, size = salt_key, self.block_size
         for start in range(0, (len(tokens) - 1) // size * size, size):
-            own = tuple(tokens[start : start + size])
-            key = block_key(key, own)
+            block_tokens = tuple(tokens[start : start + size])
+            key = block_key(key, block_tokens)
             block = self._by_key.get(key)
-            if block is None or self._cached[block].tokens != own:
+            if block is None or self._cached[block].tokens != block_tokens:
                 break
             if not self._refs[block]:
                 del self._idle[block]
@@ -154,7 +154,7 @@ class BlockPool:
         return blocks, keys
 
     def _reopen(self, block: int) -> None:
-        """What was kept for the growth of a block's owner is for everyone again: up to the next block in use."""
+        """Blocks reserved for the growth of the owner before them are for everyone again, up to the next one in use."""
         while block in self._blank and not self._open[block]:
             self._open[block] = 1
             block += 1

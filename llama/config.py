@@ -226,23 +226,21 @@ class EngineConfig:
     """How a model is run.
 
     device: 'auto' (CUDA when there is one), 'cpu', 'cuda' or 'cuda:N'.
-    dtype: 'auto' (the checkpoint's; fp32 for fp16 on CPU), or one of DTYPES.
-    slots: requests in flight; further ones are refused or wait.
-    block_size: token positions per cache block; None = 64 on CUDA, 16 on the CPU. max_batch_tokens: tokens computed in
-    one step, prefill and decode.
-    max_batch_seqs: sequences in one step. kv_memory: bytes of KV cache; None = what the device has left, or on the
-    CPU what the slots can use, at most a quarter of the free memory.
-    max_seq_len: a context shorter than the model's own. prefix_cache: keep and find the blocks of equal prompt starts.
-    batch_invariant: same bits alone and in any batch; None = on for CUDA, off for the CPU, where it took two
-    thirds of a small model's batch-1 speed. cuda_graphs: replay decodes and short prompts as CUDA graphs; nothing on
-    the CPU.
-    compile: on the CPU, decode, and compute short prompts, with layers that torch.compile made: a step takes a
-    twentieth to a half less, for twice the memory of the weights and up to a minute at the first start. Needs a C++
-    compiler; without one the engine says so in the log and runs as ever. Not with batch_invariant or steps_ahead.
-    steps_ahead: launch a step before the one before it is read, so that the device does not wait for Python; None = on
-    for CUDA, off for the CPU, where the two share the cores and a sequence's end is only noticed a step late.
-    threads: CPU threads of one operation; None = torch's own number, or one in steps so small that threads would spend
-    longer meeting than working. torch takes the number last set for the default of threads that are started later.
+    dtype: of the weights: 'auto' (the checkpoint's; fp32 for fp16 on the CPU), or one of DTYPES.
+    slots: requests in flight; further ones are refused or wait. Default 30.
+    block_size: token positions per cache block; None: 64 on CUDA, 16 on the CPU.
+    max_batch_tokens: tokens computed in one step, of prompts and decodes together. Default 2048.
+    max_batch_seqs: sequences in one step. Default 256.
+    kv_memory: bytes of KV cache; None: what the device has left; on the CPU what the slots can use, at most a quarter.
+    max_seq_len: context in tokens; None: the model's own, which it cannot exceed.
+    prefix_cache: keep and find the blocks of equal prompt starts. Default on.
+    batch_invariant: same bits alone and in any batch; None: on for CUDA, off for the CPU, where it costs most speed.
+    cuda_graphs: replay decodes and short prompts as CUDA graphs; nothing on the CPU. Default on.
+    compile: on the CPU, decodes and short prompts by layers that torch.compile made; not with batch_invariant or
+        steps_ahead. Takes twice the memory of the weights, a C++ compiler, and time at the start. Default off.
+    steps_ahead: launch a step before the one before it is read; None: on for CUDA, off for the CPU, which has no time
+        to gain from it.
+    threads: CPU threads of one operation; None: torch's own number, and one in very small steps.
     """
 
     device: str = "auto"

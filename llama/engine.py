@@ -20,7 +20,6 @@ import torch
 from tqdm import tqdm
 
 from llama.blocks import BlockPool
-from llama.cache import MemoryPlan
 from llama.config import EngineConfig, Limits, ModelConfig
 from llama.detokenizer import Detokenizer
 from llama.errors import EngineClosed, EngineDead, InvalidRequest
@@ -29,10 +28,9 @@ from llama.request import Request, SamplingParams, check_request
 from llama.runner import Runner
 from llama.scheduler import Scheduler
 from llama.sequence import FinishReason, Sequence, TokenLogprobs, choice_seed
-from llama.setup import Setup, build_runner, decide
+from llama.setup import Setup, build_runner, resolve
 from llama.slots import Seat, Slots
 from llama.stream import Mailbox, Stream
-from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
 
@@ -72,8 +70,8 @@ class Engine:
     """Loads a model and serves it until `close()`, the end of the `with` block, or the end of the process.
 
     model: a checkpoint folder, "demo" for the one that ships with the project, or a ModelConfig for random weights of
-    that exact shape (no tokenizer: prompts are token ids). limits: ceilings for one request. The memory plan is logged
-    before anything is allocated.
+    that exact shape (no tokenizer: prompts are token ids). The memory plan is logged before anything is allocated.
+    limits: what one request may ask. Attribute max_seq_len: the context that is served, in tokens.
     Raises ConfigError, LoadError, CheckpointError, TokenizerError.
     """
 
@@ -85,21 +83,23 @@ class Engine:
         progress: bool = True,
         limits: Limits | None = None,
     ) -> None:
-        self.setup = decide(model, config or EngineConfig())
+        self.setup = setup = resolve(model, config or EngineConfig())
+        self.model_dir, self.model_config, self.tokenizer = setup.model_dir, setup.model_config, setup.tokenizer
+        self.max_seq_len, self.memory_plan = setup.max_seq_len, setup.memory_plan
         self.limits = limits or Limits()
-        log.info("%s", self.setup.memory_plan)
-        config = self.setup.config
+        log.info("%s", self.memory_plan)
+        config, plan = setup.config, self.memory_plan
+        self._max_cached = plan.kv_tokens
         self.slots = Slots(config.slots)
         self._pid = os.getpid()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        plan = self.setup.memory_plan
         pool = BlockPool(plan.num_blocks, plan.block_size, config.prefix_cache)
         self._scheduler = Scheduler(pool, config.max_batch_tokens, config.max_batch_seqs)
-        build = partial(build_runner, self.setup, progress)
+        build = partial(build_runner, setup, progress)
         started: SimpleQueue[EngineLoop | BaseException] = SimpleQueue()
         self._thread = threading.Thread(
             target=_thread_main,
-            args=(build, self.setup, self._scheduler, self._inbox, self.slots, started),
+            args=(build, setup, self._scheduler, self._inbox, self.slots, started),
             name="llama-engine",
         )
         self._thread.daemon = True
@@ -117,41 +117,16 @@ class Engine:
         # Also runs at interpreter exit, where a daemon thread inside torch would otherwise be cut off mid-step.
         self._closer = weakref.finalize(self, _close, self.slots, self._inbox, self._loop, self._thread)
 
-    @property
-    def model_dir(self) -> Path | None:
-        return self.setup.model_dir
-
-    @property
-    def model_config(self) -> ModelConfig:
-        return self.setup.model_config
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        return self.setup.tokenizer
-
-    @property
-    def max_seq_len(self) -> int:
-        """The context that is served, in tokens."""
-        return self.setup.max_seq_len
-
-    @property
-    def memory_plan(self) -> MemoryPlan:
-        return self.setup.memory_plan
-
     def submit(self, request: Request, *, wait: float | bool | None = None, seat: Seat | None = None) -> Stream:
         """Queue a request; its tokens come out of the returned stream.
 
-        seat: a slot already taken from `slots`, else one is taken here: at once, or after waiting (`wait` seconds, True
-        for as long as it takes). Raises InvalidRequest, ContextLengthExceeded, SlotsFull, EngineClosed, EngineDead; the
-        seat is given back if anything is raised.
+        seat: a slot already taken from `slots`; None: one is taken here. wait: None = now or never, else seconds, or
+        True for as long as it takes. Raises InvalidRequest, ContextLengthExceeded, SlotsFull, EngineClosed, EngineDead;
+        the seat is given back then.
         """
         try:
             self._check_alive()
-            params = request.params
-            capacity = self.setup.memory_plan.kv_tokens
-            check_request(request, self.model_config.vocab_size, self.max_seq_len, capacity, self.limits)
-            if params.stop and self.tokenizer is None:
-                raise InvalidRequest("stop", list(params.stop), "this model has no tokenizer; use stop_token_ids")
+            self._check(request)
             if seat is None:
                 seat = self.slots.acquire(wait)
         except BaseException as error:
@@ -162,9 +137,8 @@ class Engine:
             raise
         mailbox = Mailbox(len(request.prompts) * request.n, seat, self._abort)
         mailbox.stats.steps = [] if request.trace else None
-        stream = Stream(
-            mailbox
-        )  # before anything is queued: whatever interrupts us now, dropping it aborts the request
+        # Before anything is queued: whatever interrupts us now, dropping the stream aborts the request.
+        stream = Stream(mailbox)
         self._inbox.put(partial(self._loop.add, mailbox, self._sequences(request)))
         if self._loop.closing:
             self._check_alive(mailbox)
@@ -186,10 +160,9 @@ class Engine:
         each = list(params) if isinstance(params, SequenceOf) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
             raise InvalidRequest("params", len(each), f"must be one, or one for each of the {len(prompts)} prompts")
-        requests = [Request([self.encode(p)], one) for p, one in zip(prompts, each, strict=True)]
-        capacity = self.setup.memory_plan.kv_tokens
+        requests = [Request([self.encode(text)], chosen) for text, chosen in zip(prompts, each, strict=True)]
         for request in requests:
-            check_request(request, self.model_config.vocab_size, self.max_seq_len, capacity, self.limits)
+            self._check(request)
         streams: list[Stream] = []
         try:
             for request in requests:
@@ -221,7 +194,7 @@ class Engine:
             blocks_free=scheduler.pool.n_free,
             steps=loop.n_steps,
             prompt_tokens=loop.n_prompt_tokens,
-            generated_tokens=loop.n_generated_tokens,
+            generated_tokens=loop.delivery.n_tokens,
             preemptions=scheduler.n_preemptions,
             prefix_queries=scheduler.n_prefix_queries,
             prefix_hits=scheduler.n_prefix_hits,
@@ -247,8 +220,14 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _check(self, request: Request) -> None:
+        check_request(request, self.model_config.vocab_size, self.max_seq_len, self._max_cached, self.limits)
+        stop = request.params.stop
+        if stop and self.tokenizer is None:
+            raise InvalidRequest("stop", list(stop), "this model has no tokenizer; use stop_token_ids")
+
     def _sequences(self, request: Request) -> list[tuple[Sequence, Detokenizer | None]]:
-        params, made = request.params, []
+        params, sequences = request.params, []
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= frozenset(self.model_config.eos_ids)
@@ -270,8 +249,8 @@ class Engine:
                 )
                 if self.setup.config.prefix_cache:
                     leader = leader or seq
-                made.append((seq, self._detokenizer(request, prompt)))
-        return made
+                sequences.append((seq, self._detokenizer(request, prompt)))
+        return sequences
 
     def _detokenizer(self, request: Request, prompt: SequenceOf[int]) -> Detokenizer | None:
         if self.tokenizer is None:

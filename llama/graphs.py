@@ -1,8 +1,9 @@
-"""`StepGraph`: a step as a CUDA graph, so that it costs one launch from the host instead of hundreds.
+"""`GraphExecutor`: decodes and steps with short prompts as CUDA graphs, which cost one launch from the host each.
 
 A graph replays fixed kernels on fixed addresses. So it has input buffers of its own that a step overwrites, and what
 the step leaves of them is padding, which reaches no result. The work of a row is found on the device from its length,
-so a graph serves every length.
+so a graph serves every length. There is one for each bucket of rows, sequences and tiles of prompts; decodes take the
+buckets without tiles. A step of more tokens than the largest bucket computes longer than its launches take.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import kernels
-from llama.batch import Batch, LastStep
+from llama.batch import Batch, LastStep, Step
 from llama.cache import KVCache
 from llama.model import Transformer
 
@@ -28,32 +29,43 @@ Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
+DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+PROMPT_SIZES = (16, 64, 128, 192, 256)
+# Sequences and tiles of the buckets for prompts. For what a step does not use of them, every layer starts programs that
+# find nothing to do; and the more sequences, the fewer programs share the keys of each.
+_PROMPT_SEQS_AND_TILES = ((4, 8), (12, 12), (32, 16))
+
+
+class Bucket(NamedTuple):
+    """What a graph has room for: tokens, sequences, and entries of `kernels.prefill_tiles`."""
+
+    n_rows: int
+    n_seqs: int
+    n_tiles: int
+
+    def holds(self, n_rows: int, n_seqs: int, n_tiles: int) -> bool:
+        return n_rows <= self.n_rows and n_seqs <= self.n_seqs and n_tiles <= self.n_tiles
+
 
 @dataclass(frozen=True, slots=True)
 class StepInputs(Generic[Array]):
-    """What a captured step reads, on the host or on the device; n_rows tokens of n_seqs sequences.
+    """What a captured step reads, on the host or on the device. int64 but for the last four, of `kernels.plan_capture`,
+    which are int32."""
 
-    token_ids, positions: [n_rows] int64. kv_index: [n_rows] int64, flat row of the cache; -1 for padding.
-    unread_rows, unread_sources: [n_seqs] int64, rows whose token the host does not know, and its row of the last step.
-    wanted: [n_seqs] int64, rows whose logits are made.
-    cu_seqlens_q: [n_seqs + 1]. seqlens_k: [n_seqs]. block_tables: [n_seqs, width]. tiles: [n_tiles, 2]. All int32, as
-    in `kernels.plan_capture`.
-    """
-
-    token_ids: Array
-    positions: Array
-    kv_index: Array
-    unread_rows: Array
-    unread_sources: Array
-    wanted: Array
-    cu_seqlens_q: Array
-    seqlens_k: Array
-    block_tables: Array
-    tiles: Array
+    token_ids: Array  # [n_rows]
+    positions: Array  # [n_rows]
+    kv_index: Array  # [n_rows], flat row of the cache; -1 for padding
+    unread_rows: Array  # [n_seqs], rows whose token the host does not know
+    unread_sources: Array  # [n_seqs], and its row of the last step
+    logit_rows: Array  # [n_seqs], rows whose logits are made
+    cu_seqlens_q: Array  # [n_seqs + 1]
+    seqlens_k: Array  # [n_seqs]
+    block_tables: Array  # [n_seqs, width]
+    tiles: Array  # [n_tiles, 2]
 
 
 class StepGraph:
-    """Of up to n_rows tokens of up to n_seqs sequences; n_tiles: of `kernels.prefill_tiles`."""
+    """The graph of one bucket."""
 
     def __init__(
         self,
@@ -62,17 +74,16 @@ class StepGraph:
         device: torch.device,
         max_seq_len: int,
         capture: Capture,
-        n_rows: int,
-        n_seqs: int,
-        n_tiles: int,
+        bucket: Bucket,
     ) -> None:
+        n_rows, n_seqs, n_tiles = bucket
         blank: StepInputs[np.ndarray] = StepInputs(
             token_ids=np.zeros(n_rows, np.int64),
             positions=np.zeros(n_rows, np.int64),
             kv_index=np.full(n_rows, -1, np.int64),
             unread_rows=np.zeros(n_seqs, np.int64),
             unread_sources=np.zeros(n_seqs, np.int64),
-            wanted=np.zeros(n_seqs, np.int64),
+            logit_rows=np.zeros(n_seqs, np.int64),
             cu_seqlens_q=np.zeros(n_seqs + 1, np.int32),
             seqlens_k=np.zeros(n_seqs, np.int32),
             block_tables=np.zeros((n_seqs, -(-max_seq_len // cache.block_size)), np.int32),
@@ -81,48 +92,94 @@ class StepGraph:
         self._mirror = kernels.Mirror(device, *(getattr(blank, field.name) for field in fields(blank)))
         self._host: StepInputs[np.ndarray] = StepInputs(*self._mirror.arrays)
         self._device: StepInputs[Tensor] = StepInputs(*self._mirror.tensors)
-        there = self._device
+        inputs = self._device
         attention = kernels.plan_capture(
-            there.cu_seqlens_q, there.seqlens_k, there.block_tables, there.tiles, n_rows, max_seq_len
+            inputs.cu_seqlens_q, inputs.seqlens_k, inputs.block_tables, inputs.tiles, n_rows, max_seq_len
         )
         # What the graph reads must outlive it.
-        self._batch = Batch(there.token_ids, there.positions, there.kv_index, attention, there.wanted)
+        self._batch = Batch(inputs.token_ids, inputs.positions, inputs.kv_index, attention, inputs.logit_rows)
         self._replay = capture(lambda: model.logits(model.forward(self._batch, cache)))
 
-    def begin(self) -> StepInputs[np.ndarray]:
-        """Arrays to write the next step into; they hold the last one. Waits until the device has read that."""
+    def run(self, step: Step, last: LastStep | None) -> Tensor:
+        """Logits [sequences that yield a token, vocab_size] fp32; valid until the next run of any graph."""
         self._mirror.wait()
-        return self._host
-
-    def run(self, n_unread: int, last: LastStep | None) -> Tensor:
-        """What `begin` gave, computed. n_unread: how many of the step's tokens `last` has.
-
-        Logits [n_seqs, vocab_size] fp32, of the rows `wanted`; valid until the next run of any graph.
-        """
+        _fill(self._host, step)
         self._mirror.send()
+        n_unread = len(step.unread)
         if n_unread and last is not None:
-            there = self._device
-            last.fill(there.token_ids, there.unread_rows[:n_unread], there.unread_sources[:n_unread])
-        return self._replay()
+            inputs = self._device
+            last.fill(inputs.token_ids, inputs.unread_rows[:n_unread], inputs.unread_sources[:n_unread])
+        return self._replay()[: len(step.sampled)]
 
 
-class GraphStore:
-    """Graphs by what they serve, each made when first asked for. make: (n_rows, n_seqs, n_tiles) -> a graph."""
+def _fill(inputs: StepInputs[np.ndarray], step: Step) -> None:
+    n_rows, (n_seqs, width), n_tiles = step.n_rows, step.block_tables.shape, len(step.tiles)
+    n_logits, n_unread = len(step.sampled_rows), len(step.unread)
+    inputs.token_ids[:n_rows], inputs.positions[:n_rows], inputs.kv_index[:n_rows] = step.rows
+    inputs.token_ids[n_rows:], inputs.positions[n_rows:], inputs.kv_index[n_rows:] = 0, 0, -1
+    inputs.cu_seqlens_q[: n_seqs + 1], inputs.cu_seqlens_q[n_seqs + 1 :] = step.cu_seqlens_q, n_rows
+    inputs.seqlens_k[:n_seqs], inputs.seqlens_k[n_seqs:] = step.seqlens_k, 0
+    inputs.block_tables[:n_seqs, :width] = step.block_tables
+    inputs.tiles[:n_tiles], inputs.tiles[n_tiles:] = step.tiles, (0, -1)
+    inputs.logit_rows[:n_logits], inputs.logit_rows[n_logits:] = step.sampled_rows, 0
+    inputs.unread_rows[:n_unread], inputs.unread_sources[:n_unread] = step.unread.T
 
-    def __init__(self, make: Callable[[int, int, int], StepGraph]) -> None:
+
+class GraphExecutor:
+    """Serves steps of up to `max_seqs` decodes, or up to `max_tokens` tokens of up to 32 sequences (both at most 256).
+
+    make: captures the graph of a bucket. That is done when it is first needed, or by `capture_all`.
+    """
+
+    def __init__(self, make: Callable[[Bucket], StepGraph], max_seqs: int, max_tokens: int) -> None:
         self._make = make
-        self._graphs: dict[tuple[int, int, int], StepGraph | None] = {}
+        self.decode_buckets = [Bucket(size, size, 0) for size in sizes_up_to(max_seqs, DECODE_SIZES)]
+        self.prompt_buckets = [
+            Bucket(size, min(n_seqs, size), n_tiles)
+            for size in sizes_up_to(max_tokens, PROMPT_SIZES)
+            for n_seqs, n_tiles in _PROMPT_SEQS_AND_TILES
+        ]
+        self._graphs: dict[Bucket, StepGraph | None] = {}
 
-    def get(self, n_rows: int, n_seqs: int, n_tiles: int) -> StepGraph | None:
-        """None for one that there was no memory for: its steps run kernel by kernel."""
-        key = n_rows, n_seqs, n_tiles
-        if key not in self._graphs:
+    def serves(self, step: Step) -> bool:
+        return not step.prompt_spans and self._graph_for(step) is not None
+
+    def run(self, step: Step, last: LastStep | None) -> Tensor | None:
+        graph = self._graph_for(step)
+        assert graph is not None
+        logits = graph.run(step, last)
+        return logits if step.sampled else None
+
+    def capture_all(self, up_to: int) -> None:
+        """Capture the graphs for up to that many sequences, largest first, so that serving need not stop for it."""
+        prompts = [n_seqs for n_seqs, _ in _PROMPT_SEQS_AND_TILES]
+        decodes = [bucket.n_seqs for bucket in self.decode_buckets]
+        for buckets, sizes in ((self.prompt_buckets, prompts), (self.decode_buckets, decodes)):
+            enough = next((size for size in sizes if size >= up_to), sizes[-1])
+            for bucket in reversed(buckets):
+                if bucket.n_seqs <= enough:
+                    self._graph(bucket)
+
+    def _graph_for(self, step: Step) -> StepGraph | None:
+        """None: no bucket holds the step, or there was no memory for its graph."""
+        n_rows, n_seqs = step.n_rows, len(step.seqlens_k)
+        buckets = self.decode_buckets if n_rows == n_seqs else self.prompt_buckets
+        if n_rows > buckets[-1].n_rows:
+            return None
+        n_tiles = len(step.tiles)
+        bucket = next((bucket for bucket in buckets if bucket.holds(n_rows, n_seqs, n_tiles)), None)
+        return None if bucket is None else self._graph(bucket)
+
+    def _graph(self, bucket: Bucket) -> StepGraph | None:
+        if bucket not in self._graphs:
             try:
-                self._graphs[key] = self._make(*key)
+                self._graphs[bucket] = self._make(bucket)
             except torch.OutOfMemoryError as error:
-                log.warning("no memory for a graph of %d tokens of %d sequences: %s", n_rows, n_seqs, error)
-                self._graphs[key] = None
-        return self._graphs[key]
+                log.warning(
+                    "no memory for a graph of %d tokens of %d sequences: %s", bucket.n_rows, bucket.n_seqs, error
+                )
+                self._graphs[bucket] = None
+        return self._graphs[bucket]
 
 
 def capture_cuda() -> Capture:

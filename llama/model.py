@@ -6,7 +6,9 @@ but its weights. Parameters have Meta's dimensions and our names; q/k/v and gate
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,16 +39,38 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One layer's weights; shapes as in `parameter_shapes`."""
+Matrix = TypeVar("Matrix")  # what a layer multiplies with: a LinearWeight, or a tensor in a compiled function
+
+
+class Block(NamedTuple, Generic[Matrix]):
+    """One layer's weights; names and shapes as in `parameter_shapes`."""
 
     attn_norm: Tensor
-    qkv_proj: LinearWeight
-    o_proj: LinearWeight
+    qkv_proj: Matrix
+    o_proj: Matrix
     mlp_norm: Tensor
-    gate_up_proj: LinearWeight
-    down_proj: LinearWeight
+    gate_up_proj: Matrix
+    down_proj: Matrix
+
+
+def layer(
+    block: Block[Matrix],
+    h: Tensor,
+    x: Tensor | None,
+    norm: Callable[..., tuple[Tensor, Tensor]],
+    multiply: Callable[[Tensor, Matrix], Tensor],
+    attend: Callable[[Tensor], Tensor],
+    swiglu: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """One layer, written once for all ways of computing it: each gives its own norm, multiply, attend and swiglu.
+
+    x: the residual stream before h is added to it; None: h is all of it. Returns the next h and x, of the same shapes.
+    norm: as `kernels.rms_norm`, with its eps. attend: qkv to the results of all heads, side by side.
+    """
+    h, x = norm(h, block.attn_norm, residual=x)
+    h = multiply(attend(multiply(h, block.qkv_proj)), block.o_proj)
+    h, x = norm(h, block.mlp_norm, residual=x)
+    return multiply(swiglu(multiply(h, block.gate_up_proj)), block.down_proj), x
 
 
 class Transformer:
@@ -65,22 +89,15 @@ class Transformer:
     ) -> None:
         self.config, self.batch_invariant = config, batch_invariant
 
-        def take(name: str) -> LinearWeight:
-            return kernels.pack_weight(parameters.pop(name), keep_rows)
+        def take(name: str) -> Any:
+            tensor = parameters.pop(name)
+            return tensor if name.endswith("norm") else kernels.pack_weight(tensor, keep_rows)
 
         self.embedding = parameters.pop("embedding")
         self.lm_head = kernels.pack_weight(self.embedding, keep_rows) if config.tie_embeddings else take("lm_head")
         self.norm = parameters.pop("norm")
-        self.blocks = [
-            Block(
-                attn_norm=parameters.pop(f"layers.{i}.attn_norm"),
-                qkv_proj=take(f"layers.{i}.qkv_proj"),
-                o_proj=take(f"layers.{i}.o_proj"),
-                mlp_norm=parameters.pop(f"layers.{i}.mlp_norm"),
-                gate_up_proj=take(f"layers.{i}.gate_up_proj"),
-                down_proj=take(f"layers.{i}.down_proj"),
-            )
-            for i in range(config.n_layers)
+        self.blocks: list[Block[LinearWeight]] = [
+            Block(*(take(f"layers.{i}.{name}") for name in Block._fields)) for i in range(config.n_layers)
         ]
         self.cos_sin = kernels.rope_table(
             config.head_dim, max_seq_len, config.rope_theta, config.rope_scale, self.embedding.device
@@ -88,32 +105,28 @@ class Transformer:
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Compute the batch's tokens, write their K/V, and return [len(batch.logit_rows), dim] for `logits`."""
-        eps, exact = self.config.norm_eps, self.batch_invariant
-        x = F.embedding(batch.token_ids, self.embedding)
-        h, x = kernels.rms_norm(x, self.blocks[0].attn_norm, eps, batch_invariant=exact)
-        for i, block in enumerate(self.blocks):
-            h = self._attention(block, h, batch, cache.k[i], cache.v[i])
-            h, x = kernels.rms_norm(h, block.mlp_norm, eps, x, batch_invariant=exact)
-            h = kernels.linear(h, block.gate_up_proj, batch_invariant=exact)
-            h = kernels.swiglu(h, batch_invariant=exact)
-            h = kernels.linear(h, block.down_proj, batch_invariant=exact)
-            if i + 1 < len(self.blocks):
-                h, x = kernels.rms_norm(h, self.blocks[i + 1].attn_norm, eps, x, batch_invariant=exact)
-        wanted = batch.logit_rows
-        return kernels.rms_norm(h[wanted], self.norm, eps, x[wanted], batch_invariant=exact)[0]
+        norm = partial(kernels.rms_norm, eps=self.config.norm_eps, batch_invariant=self.batch_invariant)
+        multiply = partial(kernels.linear, batch_invariant=self.batch_invariant)
+        swiglu = partial(kernels.swiglu, batch_invariant=self.batch_invariant)
+        h, x = F.embedding(batch.token_ids, self.embedding), None
+        for block, k_cache, v_cache in zip(self.blocks, cache.k, cache.v, strict=True):
+            attend = partial(self._attend, batch, k_cache, v_cache)
+            h, x = layer(block, h, x, norm, multiply, attend, swiglu)
+        assert x is not None
+        rows = batch.logit_rows
+        return norm(h[rows], self.norm, residual=x[rows])[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: rows that `forward` returned. Returns [rows, vocab_size] fp32."""
         return kernels.linear(hidden, self.lm_head, batch_invariant=self.batch_invariant).float()
 
-    def _attention(self, block: Block, h: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        config = self.config
-        qkv = kernels.linear(h, block.qkv_proj, batch_invariant=self.batch_invariant)
-        q = kernels.rope_write(qkv, self.cos_sin, batch.positions, batch.kv_index, k_cache, v_cache, config.n_heads)
-        scale = config.head_dim**-0.5
-        out = kernels.paged_attention(q, k_cache, v_cache, batch.attention, scale, batch_invariant=self.batch_invariant)
-        out = out.reshape(-1, config.q_dim).to(h.dtype)
-        return kernels.linear(out, block.o_proj, batch_invariant=self.batch_invariant)
+    def _attend(self, batch: Batch, k_cache: Tensor, v_cache: Tensor, qkv: Tensor) -> Tensor:
+        n_heads, head_dim = self.config.n_heads, self.config.head_dim
+        q = kernels.rope_write(qkv, self.cos_sin, batch.positions, batch.kv_index, k_cache, v_cache, n_heads)
+        out = kernels.paged_attention(
+            q, k_cache, v_cache, batch.attention, head_dim**-0.5, batch_invariant=self.batch_invariant
+        )
+        return out.flatten(1).to(qkv.dtype)
 
 
 def random_parameters(
@@ -121,10 +134,10 @@ def random_parameters(
 ) -> dict[str, Tensor]:
     """Weights of an exact shape for benchmarks: normal with deviation 0.02 (norms 1), the same for the same seed."""
     generator = torch.Generator(device).manual_seed(seed)
-    made = {}
+    parameters = {}
     for name, shape in parameter_shapes(config).items():
         if name.endswith("norm"):
-            made[name] = torch.ones(shape, dtype=dtype, device=device)
+            parameters[name] = torch.ones(shape, dtype=dtype, device=device)
         else:
-            made[name] = torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
-    return made
+            parameters[name] = torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
+    return parameters

@@ -13,10 +13,16 @@ from llama.errors import ContextLengthExceeded, InvalidRequest
 # Below this a temperature is greedy: dividing by it would only turn rounding noise into choices.
 GREEDY_BELOW = 1e-4
 
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 2), "top_p": (0, 1), "min_p": (0, 1), "repetition_penalty": (0, 10),
+    "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when a sequence ends. Raises InvalidRequest, naming the field, for a bad value.
+    How much of something is allowed is up to an engine's `Limits`: `check_request`.
 
     max_tokens: None = the rest of the context. temperature: 0 (or below 1e-4) = greedy. top_k: -1 = off. top_p, min_p:
     0 to 1. presence_penalty, frequency_penalty: -2 to 2, on generated tokens. repetition_penalty: above 0 to 10, on
@@ -44,12 +50,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _number("temperature", self.temperature, 0, 2)
-        _number("top_p", self.top_p, 0, 1)
-        _number("min_p", self.min_p, 0, 1)
-        _number("presence_penalty", self.presence_penalty, -2, 2)
-        _number("frequency_penalty", self.frequency_penalty, -2, 2)
-        _number("repetition_penalty", self.repetition_penalty, 0, 10)
+        for name, (low, high) in _RANGES.items():
+            _number(name, getattr(self, name), low, high)
         if self.repetition_penalty == 0:
             raise InvalidRequest("repetition_penalty", self.repetition_penalty, "must be above 0")
         _integer("top_k", self.top_k, -1, 1 << 31)
@@ -62,20 +64,17 @@ class SamplingParams:
             _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, Limits.logprobs)
+                _integer(name, getattr(self, name), 0, 1 << 31)
         if type(self.ignore_eos) is not bool:
             raise InvalidRequest("ignore_eos", self.ignore_eos, "must be True or False")
         # Copies: what was checked is what the engine thread will read.
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", _items("stop", stop, Limits.stop))
+        object.__setattr__(self, "stop", _items("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
         for text in self.stop:
-            if not isinstance(text, str) or not 1 <= len(text) <= Limits.stop_chars:
-                raise InvalidRequest("stop", text, f"a stop string has 1 to {Limits.stop_chars} characters")
-        object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids, Limits.stop_token_ids))
+            if not isinstance(text, str) or not text:
+                raise InvalidRequest("stop", text, "a stop string has at least 1 character")
+        object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids))
         if not isinstance(self.logit_bias, Mapping):
             raise InvalidRequest("logit_bias", self.logit_bias, "must be a mapping from token id to number")
-        if len(self.logit_bias) > Limits.logit_bias:
-            raise InvalidRequest("logit_bias", len(self.logit_bias), f"at most {Limits.logit_bias} entries")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         for value in self.logit_bias.values():
             _number("logit_bias", value, -100, 100)
@@ -121,6 +120,8 @@ def check_request(request: Request, vocab_size: int, max_seq_len: int, max_cache
         if not isinstance(getattr(request, name), kind):
             raise InvalidRequest(name, getattr(request, name), f"must be of type {kind.__name__}")
     _integer("n", request.n, 1, limits.n)
+    _check_amounts(request.params, limits)
+    max_tokens = request.params.max_tokens
     if not request.prompts:
         raise InvalidRequest("prompt", [], "at least one prompt is needed")
     if len(request.prompts) * request.n > limits.sequences:
@@ -139,21 +140,30 @@ def check_request(request: Request, vocab_size: int, max_seq_len: int, max_cache
             if type(token_id) is not int or not 0 <= token_id < vocab_size:
                 raise InvalidRequest("prompt", token_id, f"token ids must be whole numbers from 0 to {vocab_size - 1}")
         # max_tokens=0 (only the prompt is scored) may fill the context; otherwise one position must be left.
-        room = max_seq_len if request.params.max_tokens == 0 else max_seq_len - 1
+        room = max_seq_len if max_tokens == 0 else max_seq_len - 1
         if len(prompt) > room:
             raise ContextLengthExceeded(len(prompt), room)
-        longest = len(prompt) + (
-            request.params.max_tokens or 0 if request.params.max_tokens is not None else max_seq_len
-        )
-        if min(longest, max_seq_len) > max_cached:
-            raise ContextLengthExceeded(min(longest, max_seq_len), max_cached, "the KV cache")
+        longest = max_seq_len if max_tokens is None else min(len(prompt) + max_tokens, max_seq_len)
+        if longest > max_cached:
+            raise ContextLengthExceeded(longest, max_cached, "the KV cache")
 
 
-def _items(name: str, value: object, most: int) -> tuple[Any, ...]:
+def _check_amounts(params: SamplingParams, limits: Limits) -> None:
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None:
+            _integer(name, getattr(params, name), 0, limits.logprobs)
+    for name in ("stop", "stop_token_ids", "logit_bias"):
+        count, most = len(getattr(params, name)), getattr(limits, name)
+        if count > most:
+            raise InvalidRequest(name, count, f"at most {most} entries")
+    for text in params.stop:
+        if len(text) > limits.stop_chars:
+            raise InvalidRequest("stop", text, f"a stop string has 1 to {limits.stop_chars} characters")
+
+
+def _items(name: str, value: object) -> tuple[Any, ...]:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
         raise InvalidRequest(name, value, "must be a list")
-    if len(value) > most:
-        raise InvalidRequest(name, len(value), f"at most {most} entries")
     return tuple(value)
 
 

@@ -9,10 +9,10 @@ a chunk of a prompt and a decoded token are the same thing. Running sequences go
 arrival. When blocks run out the youngest running sequence gives its own back and waits at the front with its tokens
 kept; the oldest is never preempted, so some request always progresses.
 
-A step may be planned while the one before it runs, its tokens yet unknown: a sequence then computes "the token that it
-is about to yield". If that one turns out to end it, its row of the later step was in vain, and `commit` passes over it.
-The device runs the steps in order, so blocks that are given back meanwhile are safe with their next owner, whose own
-writing comes later; and the prefix cache hears only of blocks that a committed step has filled.
+A step may be planned while the one before it runs: a sequence then computes the token that it is about to yield. That
+token may end it. Then its row in the next step is computed for nothing and `commit` skips it. Freed blocks may be
+reused at once: the device runs steps in order, so the new owner writes after the old one. Only blocks that a committed
+step has filled are published to the prefix cache.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ MAX_PREEMPTIONS = 3
 class Plan:
     """seqs[i] computes counts[i] tokens from position firsts[i] on; yields[i]: it yields a token then.
 
-    Decodes (one token computed, one yielded) come first. Position firsts[i] of a decode may lie just behind the tokens
-    that the sequence has: then it is the one that the step before yields.
+    Decodes (one token computed, one yielded) come first. A planned token that its sequence does not have yet, right
+    behind those that it has, is the one that the step before yields.
     """
 
     seqs: list[Sequence] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Plan:
         return sum(self.counts)
 
     @property
-    def must_be_read(self) -> bool:
+    def needs_sync(self) -> bool:
         """Whether the step after this one cannot be launched before this one's tokens are known to the host."""
         return any(seq.request.params.counts_tokens for seq in self.seqs)
 
@@ -74,8 +74,8 @@ class Plan:
 class Scheduler:
     """Owns the pool and every unfinished sequence. `add` and `finish` come at any time.
 
-    Each plan that is not empty is committed, in order, before the next but one is made. To `schedule`, what was planned
-    is done: `num_computed` moves on there, and `commit` brings the tokens.
+    Each plan that is not empty is committed, in order, before the next but one is made. `schedule` counts what it plans
+    as computed (`num_computed`); `commit` brings the tokens.
     """
 
     def __init__(self, pool: BlockPool, max_batch_tokens: int, max_batch_seqs: int) -> None:
@@ -141,7 +141,7 @@ class Scheduler:
         for seq, first, n, token in zip(plan.seqs, plan.firsts, plan.counts, new_tokens, strict=True):
             if seq.finish_reason is not None:
                 continue  # it ended with the step before, or was aborted or failed while it ran
-            # num_computed is 0 if it was sent back meanwhile; its blocks are no longer those that the step filled.
+            # num_computed is 0 if it was preempted meanwhile; its blocks are no longer those that the step filled.
             if first + n >= (len(seq.keys) + 1) * size and seq.num_computed:
                 self._publish(seq, first + n)
             if token is None:
@@ -199,11 +199,10 @@ class Scheduler:
         """Move the first waiting sequence that may start to `running`; None when its blocks are not to be had yet."""
         seq = next((s for s in self.waiting if _may_start(s)), None)
         if seq is None or seq.last_plan > self.n_committed:
-            return None  # nobody, or one sent back while a step computes it, whose token is to come
+            return None  # nobody, or one preempted while a step computes it, whose token is to come
         self._find_prefix(seq)
         whole = seq.preemptions >= MAX_PREEMPTIONS
-        wanted = self.pool.blocks_for(seq.max_len if whole else len(seq.token_ids))
-        missing = wanted - len(seq.block_table)
+        missing = self.pool.blocks_for(seq.max_len if whole else len(seq.token_ids)) - len(seq.block_table)
         # Nor may those before it need its blocks as they grow, or it would be preempted once more.
         spare = sum(self.pool.blocks_for(s.max_len) - len(s.block_table) for s in self.running) if whole else 0
         if missing + spare > self.pool.n_free:
@@ -238,9 +237,9 @@ class Scheduler:
         size = self.pool.block_size
         while (len(seq.keys) + 1) * size <= n_tokens:
             start = len(seq.keys) * size
-            own = tuple(seq.token_ids[start : start + size])
-            key = block_key(seq.keys[-1] if seq.keys else root_key(seq.request.salt), own)
-            self.pool.publish(seq.block_table[len(seq.keys)], key, own)
+            tokens = tuple(seq.token_ids[start : start + size])
+            key = block_key(seq.keys[-1] if seq.keys else root_key(seq.request.salt), tokens)
+            self.pool.publish(seq.block_table[len(seq.keys)], key, tokens)
             seq.keys.append(key)
 
     def _release(self, seq: Sequence) -> None:

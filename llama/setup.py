@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,24 +11,18 @@ import torch
 import kernels
 from llama.cache import KVCache, MemoryPlan, plan_memory
 from llama.checkpoint import load_parameters, read_config, tokenizer_file
-from llama.compiled_batch import MOST_BLOCK_SIZE, CompiledBatch
-from llama.compiled_row import CompiledRow
 from llama.config import EngineConfig, ModelConfig
-from llama.decode_graphs import DecodeGraphs
+from llama.cpu.executor import compile_steps
 from llama.errors import ConfigError, TokenizerError
-from llama.graphs import GraphStore, StepGraph, capture_cuda
+from llama.graphs import GraphExecutor, StepGraph, capture_cuda
 from llama.model import Transformer, random_parameters
-from llama.prompt_graphs import PromptGraphs
-from llama.runner import Runner
+from llama.runner import Executor, Runner
 from llama.tokenizer import Tokenizer
-
-log = logging.getLogger("llama")
 
 DEMO = Path(__file__).parent / "demo"
 
-# A step of up to this many bytes of weights x rows runs on one thread. With two, every small operation waits for the
-# slower one: on two busy cores a one-row step of a 1M-parameter model took 1.2 ms with one thread, and 13 to 20 ms
-# (medians) with two. At 64 rows two threads are 1.5 times as fast.
+# A step of up to this many bytes of weights x rows runs on one thread: with more, each of its small operations would
+# wait for the slowest one.
 _ONE_THREAD_BYTES = 16 << 20
 
 
@@ -37,8 +30,7 @@ _ONE_THREAD_BYTES = 16 << 20
 class Setup:
     """model_dir: None = random weights. tokenizer: None = the model has none, and serves token ids only.
 
-    max_seq_len: the context that is served, in tokens. threads: CPU threads of one operation,
-    in steps of more than one_thread_rows rows.
+    max_seq_len: the context that is served, in tokens. threads, one_thread_rows: as `Runner` takes them.
     """
 
     config: EngineConfig
@@ -55,7 +47,7 @@ class Setup:
     one_thread_rows: int
 
 
-def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
+def resolve(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
     """Read the model's description and divide the memory. Raises ConfigError, LoadError, TokenizerError."""
     folder = None if isinstance(model, ModelConfig) else find_model(model)
     shape = model if isinstance(model, ModelConfig) else read_config(find_model(model))
@@ -85,55 +77,25 @@ def decide(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
 
 def build_runner(setup: Setup, progress: bool) -> Runner:
     """Load (or make up) the weights, allocate the cache, capture the graphs. Called in the engine thread."""
-    config, device, dtype = setup.model_config, setup.device, setup.dtype
+    config, device, dtype, plan = setup.model_config, setup.device, setup.dtype, setup.memory_plan
     if setup.model_dir is None:
         parameters = random_parameters(config, dtype, device)
     else:
         parameters = load_parameters(setup.model_dir, config, dtype, device, progress)
     model = Transformer(config, parameters, setup.max_seq_len, setup.batch_invariant, keep_rows=setup.config.compile)
-    plan = setup.memory_plan
-    cache_dtype = kernels.cache_dtype(dtype, device)
-    with torch.inference_mode():  # views of it are then tensors like any other to torch.compile
+    with torch.inference_mode():
+        cache_dtype = kernels.cache_dtype(dtype, device)
         cache = KVCache.empty(config, plan.num_blocks, plan.block_size, cache_dtype, device)
-    decode_graphs, prompt_graphs = None, None
+    executors: list[Executor] = []
     if device.type == "cuda" and setup.config.cuda_graphs:
-        store = GraphStore(partial(StepGraph, model, cache, device, setup.max_seq_len, capture_cuda()))
-        decode_graphs = DecodeGraphs(store, cache.block_size, setup.config.max_batch_seqs)
-        prompt_graphs = PromptGraphs(store, cache.block_size, setup.config.max_batch_tokens)
+        make = partial(StepGraph, model, cache, device, setup.max_seq_len, capture_cuda())
+        graphs = GraphExecutor(make, setup.config.max_batch_seqs, setup.config.max_batch_tokens)
         with torch.inference_mode():
-            prompt_graphs.capture_all(up_to=setup.config.slots)
-            decode_graphs.capture_all(up_to=setup.config.slots)
-    compiled = _compile(setup, model, cache) if setup.config.compile else []
-    return Runner(
-        model,
-        cache,
-        device,
-        decode_graphs=decode_graphs,
-        prompt_graphs=prompt_graphs,
-        compiled=compiled,
-        threads=setup.threads,
-        one_thread_rows=setup.one_thread_rows,
-    )
-
-
-def _compile(setup: Setup, model: Transformer, cache: KVCache) -> list[CompiledRow | CompiledBatch]:
-    """Those that torch.compile could make, and a warning in the log for others: most often for want of a C++ compiler.
-
-    Under inference_mode, as the cache was made: for tensors of another kind torch.compile would compile once more, and
-    the first request would wait for that.
-    """
-    log.info("compiling steps; the first time on a machine this takes up to a minute")
-    made: list[CompiledRow | CompiledBatch] = []
-    for kind in (CompiledRow, CompiledBatch) if cache.block_size <= MOST_BLOCK_SIZE else (CompiledRow,):
-        # A row's number of threads is compiled in.
-        torch.set_num_threads(1 if kind is CompiledRow and setup.one_thread_rows else setup.threads)
-        try:
-            with torch.inference_mode():
-                made.append(kind(model, cache))
-        except Exception as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            log.warning("compile=True: torch.compile failed, steps run operator by operator: %s", reason)
-    return made
+            graphs.capture_all(up_to=setup.config.slots)
+        executors.append(graphs)
+    if setup.config.compile:
+        executors += compile_steps(model, cache, setup.threads, one_thread=setup.one_thread_rows > 0)
+    return Runner(model, cache, device, executors, setup.threads, setup.one_thread_rows)
 
 
 def find_model(model: str | Path) -> Path:

@@ -6,8 +6,10 @@ import asyncio
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 
 from llama.errors import EngineClosed, SlotsFull
@@ -23,11 +25,16 @@ class Seat:
         self._finalizer()
 
 
+@dataclass(eq=False)
 class _Waiter:
-    """Someone in line. `wake(got_it)` is called once, under the lock, from whichever thread gives the seat back."""
+    """Someone in line. got_it: whether a seat came; None: not settled yet. wake: called then, under the lock."""
 
-    def __init__(self, wake: Callable[[bool], None]) -> None:
-        self.wake = wake
+    wake: Callable[[], None]
+    got_it: bool | None = None
+
+    def settle(self, got_it: bool) -> None:
+        self.got_it = got_it
+        self.wake()
 
 
 class Slots:
@@ -53,47 +60,25 @@ class Slots:
         """A seat. wait: None or False = now or never, True = for ever, else seconds. Raises SlotsFull, EngineClosed."""
         # A SimpleQueue may be filled from a finalizer in any thread, which an Event may not.
         arrived: SimpleQueue[None] = SimpleQueue()
-        got: list[bool] = []
-
-        def wake(got_it: bool) -> None:
-            got.append(got_it)
-            arrived.put(None)
-
-        waiter = self._take_or_queue(bool(wait), wake)
+        waiter = self._take_or_queue(bool(wait), partial(arrived.put, None))
         if waiter is not None:
-            timeout = None if wait is True else float(wait or 0)
-            try:
-                arrived.get(timeout=timeout)
-            except Empty:
-                pass
-            except BaseException:
-                self._leave(waiter, got)
-                raise
-            self._check(waiter, got)
+            with self._in_line(waiter):
+                arrived.get(timeout=None if wait is True else float(wait or 0))
         return Seat(self._give_back)
 
     async def acquire_async(self, wait: float | bool | None = None) -> Seat:
         """The same for event loops: waiting does not block the loop, and a cancelled task leaves the line."""
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
-        got: list[bool] = []
 
-        def wake(got_it: bool) -> None:
-            got.append(got_it)
+        def wake() -> None:
             with suppress(RuntimeError):  # the loop was closed; the task's own end gives the seat on
                 loop.call_soon_threadsafe(arrived.set)
 
         waiter = self._take_or_queue(bool(wait), wake)
         if waiter is not None:
-            timeout = None if wait is True else float(wait or 0)
-            try:
-                await asyncio.wait_for(arrived.wait(), timeout)
-            except TimeoutError:
-                pass
-            except BaseException:
-                self._leave(waiter, got)
-                raise
-            self._check(waiter, got)
+            with self._in_line(waiter):
+                await asyncio.wait_for(arrived.wait(), None if wait is True else float(wait or 0))
         return Seat(self._give_back)
 
     def close(self) -> None:
@@ -101,9 +86,9 @@ class Slots:
         with self._lock:
             self._closed = True
             while self._line:
-                self._line.popleft().wake(False)
+                self._line.popleft().settle(False)
 
-    def _take_or_queue(self, may_wait: bool, wake: Callable[[bool], None]) -> _Waiter | None:
+    def _take_or_queue(self, may_wait: bool, wake: Callable[[], None]) -> _Waiter | None:
         """Take a seat (None), or stand in line (the waiter)."""
         with self._lock:
             if self._closed:
@@ -117,25 +102,29 @@ class Slots:
             self._line.append(waiter)
             return waiter
 
-    def _check(self, waiter: _Waiter, got: list[bool]) -> None:
+    @contextmanager
+    def _in_line(self, waiter: _Waiter) -> Iterator[None]:
+        """Around the wait for a seat. Raises unless one has come in time."""
+        try:
+            with suppress(Empty, TimeoutError):
+                yield
+        except BaseException:  # interrupted; a seat that came at the same moment goes to the next
+            with self._lock:
+                if waiter.got_it is None:
+                    self._line.remove(waiter)
+                elif waiter.got_it:
+                    self._give_back()
+            raise
         with self._lock:
-            if not got:
+            if waiter.got_it is None:
                 self._line.remove(waiter)
                 raise SlotsFull(self.limit, self.expected_wait())
-        if not got[0]:
+        if not waiter.got_it:
             raise EngineClosed("the engine was closed while the request waited for a slot")
-
-    def _leave(self, waiter: _Waiter, got: list[bool]) -> None:
-        """Someone in line was interrupted; a seat that came at the same moment goes to the next."""
-        with self._lock:
-            if not got:
-                self._line.remove(waiter)
-            elif got[0]:
-                self._give_back()
 
     def _give_back(self) -> None:
         with self._lock:
             if self._line:
-                self._line.popleft().wake(True)  # the seat changes hands; `_taken` stays
+                self._line.popleft().settle(True)  # the seat changes hands; `_taken` stays
             else:
                 self._taken -= 1

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,16 @@ def write_model(folder: Path, tokenizer_file: Path, vocab_size: int = 400, conte
     return folder
 
 
+@dataclass
+class Computed:
+    """In the place of a pending step: one whose result is known."""
+
+    known: StepResult
+
+    def result(self) -> StepResult:
+        return self.known
+
+
 class Script:
     """In the place of an engine's `Runner`: every sequence gets the tokens that `say` gives, one by one.
 
@@ -82,7 +93,7 @@ class Script:
         self.gate: Callable[[], object] | None = None
         self.n_steps = 0
 
-    def launch(self, plan: Plan) -> Callable[[], StepResult]:
+    def launch(self, plan: Plan) -> Computed:
         self.n_steps += 1
         if self.gate is not None:
             self.gate()
@@ -98,7 +109,7 @@ class Script:
                 result.tokens[i] = token
                 if seq.params.logprobs is not None:
                     result.logprobs[i] = made_up(token, len(seq.token_ids), seq.params.logprobs)
-        return lambda: result
+        return Computed(result)
 
 
 def made_up(token: int, position: int, n_top: int) -> TokenLogprobs:

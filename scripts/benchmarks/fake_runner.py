@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 
 from llama.runner import StepResult
 from llama.scheduler import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A step whose result is known when it is launched."""
+
+    known: StepResult
+
+    def result(self) -> StepResult:
+        return self.known
 
 
 class FakeRunner:
@@ -15,7 +25,7 @@ class FakeRunner:
     def __init__(self, token_ids: list[int], step: float = 0.0) -> None:
         self.token_ids, self.step, self.at = token_ids, step, 0
 
-    def launch(self, plan: Plan) -> Callable[[], StepResult]:
+    def launch(self, plan: Plan) -> Computed:
         end = time.monotonic() + self.step
         tokens: list[int | None] = []
         for yields in plan.yields:
@@ -23,4 +33,4 @@ class FakeRunner:
             tokens.append(self.token_ids[self.at] if yields else None)
         if self.step:
             time.sleep(max(end - time.monotonic(), 0))
-        return lambda: StepResult(tokens, [None] * len(tokens))
+        return Computed(StepResult(tokens, [None] * len(tokens)))

@@ -23,7 +23,7 @@ import torch
 import kernels
 from benchmarks.fake_runner import FakeRunner
 from benchmarks.figures import Figure, Repeats, add_round_arguments
-from llama.batch import Batch
+from llama.batch import Batch, BlockTables, Step
 from llama.blocks import BlockPool
 from llama.detokenizer import Detokenizer
 from llama.loop import EngineLoop
@@ -154,7 +154,7 @@ def steps(loop: Loop, repeats: Repeats) -> dict[str, Any]:
 
 
 def layouts(repeats: Repeats) -> dict[str, Any]:
-    """`Batch.from_plan` of a decode step on the CPU, and `plan_attention`, which is part of it."""
+    """`Step.of` and `Batch.of` of a decode step on the CPU, and `plan_attention`, which is part of it."""
     report: dict[str, Any] = {}
     print(f"{'sequences':>10} {'us/step to lay out a batch':>27} {'attention alone':>16} {'spread':>7}")
     for n_seqs, _ in BATCHES:
@@ -182,14 +182,15 @@ def decode_plan(n_seqs: int) -> Plan:
 def time_layout(plan: Plan, rounds: int) -> tuple[Figure, Figure]:
     """Microseconds of the whole batch and of its attention plan."""
     n_seqs, device = len(plan.seqs), torch.device("cpu")
-    tables = np.array([seq.block_table for seq in plan.seqs], np.int32)
+    block_tables = BlockTables()
+    tables = block_tables.of(plan.seqs)
     starts, lengths = np.arange(n_seqs + 1, dtype=np.int32), np.array(plan.firsts, np.int32) + 1
-    rows = list(range(n_seqs))
     whole, attention = [], []
     for _ in range(rounds + 1):
         start = time.perf_counter()
         for _ in range(LAYOUTS):
-            Batch.from_plan(plan, rows, BLOCK_SIZE, device)
+            step = Step.of(plan, block_tables, BLOCK_SIZE, None)
+            Batch.of(step, step.logit_rows, device, None)
         between = time.perf_counter()
         for _ in range(LAYOUTS):
             kernels.plan_attention(starts, lengths, tables, BLOCK_SIZE, device)

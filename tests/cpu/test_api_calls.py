@@ -311,7 +311,7 @@ def test_64_threads_and_64_tasks_with_cancellations(client: api.Client) -> None:
     eventually(lambda: idle(client))
     eventually(lambda: threading.active_count() <= threads_before)
     loop = client.served.find().engine._loop
-    assert not loop.tracks
+    assert not loop.delivery.tracks
     loop.scheduler.check()
 
 

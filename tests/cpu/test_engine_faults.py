@@ -24,8 +24,8 @@ from torch import Tensor
 
 from llama import Engine, EngineConfig, ModelConfig, Request, SamplingParams, Stream
 from llama.errors import EngineClosed, EngineDead, InvalidRequest, RequestFailed, SlotsFull
-from llama.loop import EngineLoop, StepRunner
-from llama.runner import Runner, StepResult, wanted_rows
+from llama.loop import EngineLoop, Pending, StepRunner
+from llama.runner import Runner
 from llama.scheduler import Plan
 from llama.sequence import FinishReason, TokenLogprobs
 
@@ -120,7 +120,7 @@ def assert_idle(engine: Engine) -> None:
         time.sleep(0.001)
     stats = engine.stats()
     assert (stats.slots_in_use, stats.running, stats.waiting) == (0, 0, 0)
-    assert engine._loop.tracks == {}
+    assert engine._loop.delivery.tracks == {}
     assert engine._loop.error is None
 
 
@@ -163,7 +163,7 @@ class Faulty:
     inner: StepRunner
     fault: Callable[[Plan], None]
 
-    def launch(self, plan: Plan) -> Callable[[], StepResult]:
+    def launch(self, plan: Plan) -> Pending:
         self.fault(plan)
         return self.inner.launch(plan)
 
@@ -171,6 +171,11 @@ class Faulty:
 def n_before(plan: Plan, i: int) -> int:
     """Tokens generated before the one that the plan's i-th sequence yields, read by now or not."""
     return plan.firsts[i] + plan.counts[i] - plan.seqs[i].n_prompt
+
+
+def sampled(plan: Plan) -> list[int]:
+    """Places of the sequences that yield a token, in the order of their logits."""
+    return [i for i, yields in enumerate(plan.yields) if yields]
 
 
 def culprit_at(plan: Plan, n_generated: int) -> bool:
@@ -220,7 +225,7 @@ def test_logits_that_are_not_finite_fail_their_request_only(
     def fault(plan: Plan) -> None:
         bad_rows[:] = [
             row
-            for row, i in enumerate(wanted_rows(plan).sampled)
+            for row, i in enumerate(sampled(plan))
             if plan.seqs[i].token_ids[0] == CULPRIT and n_before(plan, i) == n_generated
         ]
 
@@ -282,7 +287,7 @@ def test_an_error_that_does_not_come_again_fails_nobody(engine: Engine, alone: C
     """Such as memory that was short for the whole batch: the halves fit. What the failed try wrote does no harm."""
 
     class Fails(Faulty):
-        def launch(self, plan: Plan) -> Callable[[], StepResult]:
+        def launch(self, plan: Plan) -> Pending:
             result = self.inner.launch(plan)
             if len(plan.seqs) > 3:
                 raise MemoryError("too many")
@@ -328,7 +333,7 @@ def test_an_abort_at_any_stage(alone: Callable[[Job], list[Answer]], stage: int,
                 closed_at.append(loop.n_steps)
                 assert engine.stats().slots_in_use == 4, "its slot is free at once"
             elif closed_at:
-                assert not any(seq.token_ids[0] == CULPRIT for seq in loop.tracks)
+                assert not any(seq.token_ids[0] == CULPRIT for seq in loop.delivery.tracks)
                 scheduler = loop.scheduler
                 assert not any(s.token_ids[0] == CULPRIT for s in (*scheduler.running, *scheduler.waiting))
 
@@ -368,7 +373,7 @@ def test_an_abort_of_a_preempted_request(engine: Engine, alone: Callable[[Job], 
     def on_step(loop: EngineLoop) -> None:
         audit(loop)
         if loop.n_steps == 4:
-            assert loop.scheduler.preempt_youngest() in loop.tracks
+            assert loop.scheduler.preempt_youngest() in loop.delivery.tracks
             streams[-1].close()
 
     engine._loop.on_step = on_step
@@ -387,7 +392,7 @@ def test_sixty_threads_on_thirty_slots(alone: Callable[[Job], list[Answer]]) -> 
 
         def on_step(loop: EngineLoop) -> None:
             audit(loop)
-            assert len({id(track.mailbox) for track in loop.tracks.values()}) <= 30
+            assert len({id(track.mailbox) for track in loop.delivery.tracks.values()}) <= 30
             assert engine.slots.in_use <= 30
             if not full.is_set():
                 deadline = time.monotonic() + 10
@@ -573,7 +578,7 @@ def test_before_the_first_step_nobody_is_told_that_slots_are_free_at_once() -> N
     with Engine(TINY, EngineConfig(block_size=8, kv_memory=1 << 20, **OPTIONS), progress=False) as engine:
         reached, go_on, launch = threading.Event(), threading.Event(), engine._loop.runner.launch
 
-        def held(plan: Plan) -> Callable[[], StepResult]:
+        def held(plan: Plan) -> Pending:
             reached.set()
             go_on.wait(10)
             return launch(plan)

@@ -27,12 +27,20 @@ BAD_VALUES: dict[str, list[Any]] = {
     "max_tokens": [-1, 1.0, True, "3", NAN, 2**31 + 1],
     "min_tokens": [-1, 1.0, True, "3", None, 2**31 + 1],
     "seed": [2**63, -(2**63) - 1, 2**64, 1.0, True, "1"],
-    "logprobs": [-1, 21, True, 1.0, "5"],
-    "prompt_logprobs": [-1, 21, True, 1.0, "5"],
-    "stop": [["a"] * 5, [""], "", ["x" * 257], [b"a"], [None], [["a"]], 7, {"a": 1}, None],
-    "stop_token_ids": [list(range(129)), 7, "ab", None, {1: 2}],
-    "logit_bias": [dict.fromkeys(range(1025), 0), {1: 101}, {1: -100.5}, {1: NAN}, {1: True}, {1: "2"}, [1], 7, None],
+    "logprobs": [-1, True, 1.0, "5"],
+    "prompt_logprobs": [-1, True, 1.0, "5"],
+    "stop": [[""], "", [b"a"], [None], [["a"]], 7, {"a": 1}, None],
+    "stop_token_ids": [7, "ab", None, {1: 2}],
+    "logit_bias": [{1: 101}, {1: -100.5}, {1: NAN}, {1: True}, {1: "2"}, [1], 7, None],
     "ignore_eos": [1, "yes", None],
+}
+# More than the default `Limits` allow: refused by the engine that gets the request.
+TOO_MUCH: dict[str, list[Any]] = {
+    "logprobs": [21],
+    "prompt_logprobs": [21],
+    "stop": [["a"] * 5, ["x" * 257]],
+    "stop_token_ids": [list(range(129))],
+    "logit_bias": [dict.fromkeys(range(1025), 0)],
 }
 
 
@@ -46,12 +54,36 @@ def test_a_bad_value_names_its_field(field: str, value: Any) -> None:
     assert len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize("field, value", [(f, v) for f, values in TOO_MUCH.items() for v in values], ids=repr)
+def test_too_much_of_something_names_its_field(field: str, value: Any) -> None:
+    """By an engine of these limits; one of wider limits takes it."""
+    request = Request([[1]], SamplingParams(max_tokens=1, **{field: value}))
+    with pytest.raises(InvalidRequest) as caught:
+        check_request(request, 2000, CONTEXT, 1000, Limits())
+    assert caught.value.field == field
+    assert caught.value.limit
+    assert str(caught.value).startswith(f"{field}=")
+    assert len(str(caught.value)) < 300
+    wide = Limits(logprobs=21, stop=5, stop_chars=257, stop_token_ids=129, logit_bias=1025)
+    check_request(request, 2000, CONTEXT, 1000, wide)
+
+
+@pytest.mark.parametrize("fields", [{"stop": "aa"}, {"stop": ["a", "b"]}, {"logprobs": 1}, {"logit_bias": {3: 1.0}}])
+def test_narrow_limits_are_obeyed(fields: dict[str, Any]) -> None:
+    limits = Limits(stop=1, stop_chars=1, logprobs=0, logit_bias=0)
+    with pytest.raises(InvalidRequest) as caught:
+        check_request(Request([[1]], SamplingParams(max_tokens=1, **fields)), VOCAB, CONTEXT, 1000, limits)
+    assert caught.value.field in fields
+
+
 def test_the_borders_are_allowed() -> None:
     SamplingParams(temperature=0, top_p=0, min_p=0, top_k=0, presence_penalty=-2, frequency_penalty=-2)
     SamplingParams(temperature=2, top_p=1, min_p=1, top_k=2**31, presence_penalty=2, frequency_penalty=2)
     SamplingParams(repetition_penalty=10, max_tokens=0, logprobs=20, prompt_logprobs=0, seed=2**63 - 1)
     SamplingParams(repetition_penalty=1e-3, max_tokens=3, min_tokens=3, seed=-(2**63), logit_bias={0: -100, 1: 100.0})
-    SamplingParams(stop=["a", "b", "c", "d" * 256], stop_token_ids=range(128), logit_bias=dict.fromkeys(range(1024), 1))
+    most = {"stop_token_ids": range(128), "logit_bias": dict.fromkeys(range(1024), 1), "logprobs": 20}
+    params = SamplingParams(stop=["a", "b", "c", "d" * 256], max_tokens=1, **most)  # type: ignore[arg-type]
+    check_request(Request([[1]], params), 2000, CONTEXT, 1000, Limits())
 
 
 def test_one_stop_string_is_a_list_of_one() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -23,10 +22,10 @@ from llama.blocks import BlockPool
 from llama.cache import KVCache
 from llama.config import ModelConfig
 from llama.detokenizer import Detokenizer
-from llama.loop import EngineLoop
+from llama.loop import EngineLoop, Pending
 from llama.model import Transformer, random_parameters
 from llama.request import Request, SamplingParams
-from llama.runner import Runner, StepResult, wanted_rows
+from llama.runner import Runner
 from llama.scheduler import Plan, Scheduler
 from llama.sequence import FinishReason, Sequence, TokenLogprobs, choice_seed
 from llama.setup import DEMO
@@ -106,9 +105,9 @@ class Breaking:
     inner: Runner
     jobs: dict[int, Job]  # by the id of the request
 
-    def launch(self, plan: Plan) -> Callable[[], StepResult]:
+    def launch(self, plan: Plan) -> Pending:
         breaks = []
-        for row, i in enumerate(wanted_rows(plan).sampled):
+        for row, i in enumerate(i for i, yields in enumerate(plan.yields) if yields):
             seq = plan.seqs[i]
             job = self.jobs[id(seq.request)]
             if job.broken is not None and plan.firsts[i] + plan.counts[i] - seq.n_prompt == job.broken:
@@ -170,7 +169,7 @@ def serve(model: Transformer, seed: int, ahead: bool) -> Run:
         n_vain += sum(seq.finish_reason is not None for step in loop.under_way for seq in step.plan.seqs)
         calls += 1
         assert calls < 5000
-    assert loop.tracks == {}
+    assert loop.delivery.tracks == {}
     assert pool.n_free == pool.n_usable
     answers = [gather(mailbox, job.request.n) for job, mailbox in zip(jobs, mailboxes, strict=True)]
     errors = [str(mailbox.error) for mailbox in mailboxes]

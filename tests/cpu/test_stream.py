@@ -288,7 +288,7 @@ def assert_idle(engine: Engine) -> None:
     eventually(lambda: engine.stats().blocks_free == engine.stats().blocks)
     assert engine.stats().slots_in_use == 0
     assert (engine.stats().running, engine.stats().waiting) == (0, 0)
-    assert engine._loop.tracks == {}
+    assert engine._loop.delivery.tracks == {}
     assert engine._loop.error is None
 
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -19,16 +19,14 @@ from card import DEVICE, Card, Event, Operations
 import llama.engine
 from kernels import Mirror
 from llama import Engine, EngineConfig, SamplingParams
-from llama.batch import Batch
+from llama.batch import Batch, BlockTables, Step
 from llama.blocks import BlockPool
 from llama.cache import KVCache
 from llama.config import ModelConfig
-from llama.decode_graphs import SIZES, DecodeGraphs
 from llama.engine import Completion
-from llama.graphs import GraphStore, StepGraph, capture_cuda, sizes_up_to
+from llama.graphs import DECODE_SIZES, Bucket, GraphExecutor, StepGraph, capture_cuda, sizes_up_to
 from llama.loop import EngineLoop
 from llama.model import Transformer, random_parameters
-from llama.prompt_graphs import PromptGraphs
 from llama.request import Request
 from llama.runner import Runner
 from llama.scheduler import Plan, Scheduler
@@ -57,11 +55,9 @@ def three_sequences(graphs: bool, ahead: bool, card: Card | None, watch: Callabl
     device = DEVICE if card else CPU
     with torch.inference_mode(), card or contextlib.nullcontext():
         model, cache = tiny_model(device)
-        decodes = prompts = None
-        if graphs:
-            store = GraphStore(partial(StepGraph, model, cache, device, TINY.max_seq_len, capture_cuda()))
-            decodes, prompts = DecodeGraphs(store, 16, 8), PromptGraphs(store, 16, 32)
-        runner = Runner(model, cache, device, decodes, prompts)
+        make = partial(StepGraph, model, cache, device, TINY.max_seq_len)
+        executors = [GraphExecutor(partial(make, capture_cuda()), 8, 32)] if graphs else []
+        runner = Runner(model, cache, device, executors)
         loop = EngineLoop(Scheduler(BlockPool(16, 16), 64, 8), runner, SimpleQueue(), ahead)
         mailboxes = []
         for i, length in enumerate((3, 17, 9)):
@@ -158,12 +154,12 @@ def test_what_the_card_refuses() -> None:
 
 @pytest.mark.parametrize("most", [1, 3, 8, 30, 100, 256, 1000])
 def test_the_sizes_reach_what_was_asked_for(most: int) -> None:
-    sizes = sizes_up_to(most, SIZES)
-    assert sizes[-1] == min(most, SIZES[-1])
+    sizes = sizes_up_to(most, DECODE_SIZES)
+    assert sizes[-1] == min(most, DECODE_SIZES[-1])
     assert sizes == sorted(set(sizes))
 
 
-def some_plan(pieces: list[tuple[int, int]]) -> Plan:
+def some_step(pieces: list[tuple[int, int]]) -> Step:
     """(first position, tokens) of each sequence, which has those tokens and no more, in blocks from 1 on."""
     plan, block = Plan(), 1
     for i, (first, n) in enumerate(pieces):
@@ -173,7 +169,7 @@ def some_plan(pieces: list[tuple[int, int]]) -> Plan:
         seq.block_table = list(range(block, block + n_blocks))
         block += n_blocks
         plan.add(seq, first, n, True)
-    return plan
+    return Step.of(plan, BlockTables(), 16, None)
 
 
 @pytest.mark.parametrize(
@@ -185,26 +181,26 @@ def test_a_graph_of_prompts_gives_the_bits_of_the_eager_step(pieces: list[tuple[
     """Pieces across tiles of attention, single tokens beside them, and what an earlier step has left in the inputs."""
     with torch.inference_mode():
         model, cache = tiny_model(CPU)
-        graphs = PromptGraphs(GraphStore(partial(StepGraph, model, cache, CPU, 160, lambda step: step)), 16, 16)
-        for plan in (some_plan([(0, 2), (5, 1), (6, 1), (8, 1)]), some_plan(pieces)):
+        graphs = GraphExecutor(partial(StepGraph, model, cache, CPU, 160, lambda step: step), 4, 16)
+        for step in (some_step([(0, 2), (5, 1), (6, 1), (8, 1)]), some_step(pieces)):
             before = cache.whole.normal_().clone()
-            rows = list(accumulate(plan.counts, initial=-1))[1:]
-            assert graphs.serves(plan)
-            logits = graphs.run(plan, rows)
+            assert graphs.serves(step)
+            logits = graphs.run(step, None)
             after = cache.whole.clone()
             cache.whole.copy_(before)
-            eager = model.logits(model.forward(Batch.from_plan(plan, rows, 16, CPU), cache))
+            eager = model.logits(model.forward(Batch.of(step, step.logit_rows, CPU, None), cache))
             assert torch.equal(cache.whole, after)
             assert torch.equal(logits, eager)
 
 
 def test_what_a_graph_of_prompts_does_not_serve() -> None:
-    graphs = PromptGraphs(GraphStore(no_graph), 16, 2048)
-    assert graphs.sizes[-1] == 256
-    assert graphs.serves(some_plan([(0, 256)])) and not graphs.serves(some_plan([(0, 257)]))
-    assert graphs.serves(some_plan([(9, 1)] * 32)) and not graphs.serves(some_plan([(9, 1)] * 33))
-    assert graphs.serves(some_plan([(0, 2)] * 16)) and not graphs.serves(some_plan([(0, 2)] * 17))
-    assert graphs.serves(some_plan([(127, 2)] * 8)) and not graphs.serves(some_plan([(127, 2)] * 9))
+    graphs = GraphExecutor(lambda bucket: StepGraph.__new__(StepGraph), 40, 2048)
+    assert graphs.prompt_buckets[-1] == Bucket(256, 32, 16)
+    assert graphs.serves(some_step([(0, 256)])) and not graphs.serves(some_step([(0, 257)]))
+    assert graphs.serves(some_step([(9, 1)] * 40)) and not graphs.serves(some_step([(9, 1)] * 41))
+    assert graphs.serves(some_step([(0, 2)] + [(9, 1)] * 31)) and not graphs.serves(some_step([(0, 2)] + [(9, 1)] * 32))
+    assert graphs.serves(some_step([(0, 2)] * 16)) and not graphs.serves(some_step([(0, 2)] * 17))
+    assert graphs.serves(some_step([(127, 2)] * 8)) and not graphs.serves(some_step([(127, 2)] * 9))
 
 
 def no_graph(*_: object) -> StepGraph:

@@ -15,17 +15,17 @@ from torch._dynamo.utils import counters
 
 from kernels.cpu.huge_pages import on_huge_pages, zeros_on_huge_pages
 from kernels.cpu.packed_linear import pair_columns
-from llama.batch import Batch
+from llama.batch import Batch, BlockTables, Step
 from llama.cache import KVCache, plan_memory
-from llama.compiled_row import CompiledRow
 from llama.config import EngineConfig, ModelConfig
+from llama.cpu.one_row import OneRow
 from llama.engine import Completion, Engine
 from llama.errors import ConfigError
 from llama.model import Transformer, random_parameters
 from llama.request import Request, SamplingParams
 from llama.scheduler import Plan
 from llama.sequence import Sequence
-from llama.setup import decide
+from llama.setup import resolve
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler (g++)"),
@@ -71,11 +71,11 @@ def filled_cache(model: ModelConfig) -> KVCache:
     return cache
 
 
-def last_token(token_ids: list[int], table: list[int]) -> Plan:
+def last_token(token_ids: list[int], table: list[int]) -> Step:
     """The step that computes the last of them, the others being in the cache."""
     seq = Sequence(Request([[1]], SamplingParams()), 0, token_ids, 1, 256, 0, frozenset())
     seq.num_computed, seq.block_table = len(token_ids) - 1, table
-    return Plan([seq], [len(token_ids) - 1], [1], [True])
+    return Step.of(Plan([seq], [len(token_ids) - 1], [1], [True]), BlockTables(), 16, None)
 
 
 @pytest.mark.parametrize("config", [GROUPED, replace(GROUPED, n_layers=8)], ids=["one call", "two calls"])
@@ -85,17 +85,17 @@ def test_blocks_in_any_order_and_any_length(config: ModelConfig) -> None:
     parameters = random_parameters(config, torch.float32, torch.device("cpu"))
     model = Transformer(config, parameters, 256, False, keep_rows=True)
     caches = [filled_cache(config), filled_cache(config)]
-    row = CompiledRow(model, caches[1])
+    row = OneRow(model, caches[1])
     compiled = counters["stats"]["unique_graphs"]
     for n_tokens, table in ((3, [5]), (17, [9, 4]), (48, [7, 8, 9]), (40, [9, 3, 12]), (49, [3, 4, 5, 19])):
         if n_tokens == 40:
             assert counters["stats"]["unique_graphs"] == compiled, "a step had to wait for the compiler"
             torch.compiler.reset()  # as others may do; what is compiled then must not serve one length only
-        plan = last_token([2 + i for i in range(n_tokens)], table)
-        assert row.serves(plan)
-        batch = Batch.from_plan(plan, [0], 16, torch.device("cpu"))
+        step = last_token([2 + i for i in range(n_tokens)], table)
+        assert row.serves(step)
+        batch = Batch.of(step, step.logit_rows, torch.device("cpu"), None)
         wanted = model.logits(model.forward(batch, caches[0]))
-        torch.testing.assert_close(row.run(plan), wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(row.run(step, None), wanted, atol=1e-5, rtol=0)
         for plain, other in zip(caches[0].k + caches[0].v, caches[1].k + caches[1].v, strict=True):
             torch.testing.assert_close(other, plain, atol=1e-5, rtol=0)
 
@@ -120,7 +120,7 @@ def test_what_it_cannot_be_combined_with_is_refused(option: str) -> None:
 def test_it_is_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama.setup.find_device", lambda name: torch.device("cuda"))
     with pytest.raises(ConfigError, match="compile=True: is for the CPU"):
-        decide(GROUPED, EngineConfig(compile=True))
+        resolve(GROUPED, EngineConfig(compile=True))
 
 
 def test_the_memory_plan_counts_both_layouts() -> None:
@@ -188,11 +188,11 @@ def test_bf16_weights_are_rounded_no_more_than_on_the_plain_path() -> None:
     """Against the same weights in fp32: one-row steps keep fp32 between the multiplications."""
     parameters = random_parameters(GROUPED, torch.bfloat16, torch.device("cpu"))
     wide = {name: tensor.float() for name, tensor in parameters.items()}
-    plan = last_token([1, 17, 40, 12, 8], [1])
+    step = last_token([1, 17, 40, 12, 8], [1])
     with torch.inference_mode():
         exact = Transformer(GROUPED, wide, 256, False)
         fast = Transformer(GROUPED, parameters, 256, False, keep_rows=True)
-        batch = Batch.from_plan(plan, [0], 16, torch.device("cpu"))
+        batch = Batch.of(step, step.logit_rows, torch.device("cpu"), None)
         expected = exact.logits(exact.forward(batch, filled_cache(GROUPED)))
-        made = CompiledRow(fast, filled_cache(GROUPED)).run(plan)
+        made = OneRow(fast, filled_cache(GROUPED)).run(step, None)
     assert (made - expected).abs().max() < 1e-4

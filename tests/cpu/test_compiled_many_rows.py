@@ -18,16 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
-import llama.compiled_row
-import llama.setup
-from llama.batch import Batch
+import llama.cpu.executor
+from llama.batch import Batch, BlockTables, LastStep, Step
 from llama.cache import KVCache
-from llama.compiled_batch import CompiledBatch
 from llama.config import EngineConfig, ModelConfig
+from llama.cpu.many_rows import ManyRows
+from llama.cpu.one_row import OneRow
 from llama.engine import Completion, Engine
 from llama.model import Transformer, random_parameters
 from llama.request import Request, SamplingParams
-from llama.runner import wanted_rows
 from llama.scheduler import Plan
 from llama.sequence import Sequence
 
@@ -55,7 +54,7 @@ class Both:
     model: Transformer
     plain: KVCache
     compiled: KVCache
-    batch: CompiledBatch
+    batch: ManyRows
 
 
 @cache
@@ -63,30 +62,30 @@ def both(config: ModelConfig, dtype: torch.dtype = torch.float32, size: int = 16
     with torch.inference_mode():  # as the engine does
         model = Transformer(config, random_parameters(config, dtype, CPU), 256, False)
         plain, compiled = (KVCache.empty(config, N_BLOCKS * 16 // size, size, torch.float32, CPU) for _ in range(2))
-        batch = CompiledBatch(model, compiled)
+        batch = ManyRows(model, compiled)
         assert not compiled.whole.any(), "compiling must leave the cache as it was"
         return Both(model, plain, compiled, batch)
 
 
-def plan_of(work: Work, size: int = 16) -> Plan:
-    """Blocks in any order, each used once."""
+def step_of(work: Work, size: int = 16, n_blocks: int = N_BLOCKS) -> Step:
+    """Blocks in any order, each used once, of a cache of so many blocks of 16 tokens."""
     dice = np.random.default_rng(len(work))
-    order = (1 + dice.permutation(N_BLOCKS * 16 // size - 1)).tolist()
+    order = (1 + dice.permutation(n_blocks * 16 // size - 1)).tolist()
     plan = Plan()
     for first, count, yields in work:
         ids = dice.integers(3, 300, first + count).tolist()
         seq = Sequence(Request([[1]], SamplingParams()), 0, ids, 1, 256, 0, frozenset())
-        n_blocks = -(-len(ids) // size)
-        seq.num_computed, seq.block_table, order = first, order[:n_blocks], order[n_blocks:]
+        n = -(-len(ids) // size)
+        seq.num_computed, seq.block_table, order = first, order[:n], order[n:]
         plan.add(seq, first, count, yields)
-    return plan
+    return Step.of(plan, BlockTables(), size, None)
 
 
-def fill(pair: Both, plan: Plan) -> None:
+def fill(pair: Both, step: Step) -> None:
     """Random keys and values where the sequences have some, NaN everywhere else but in block 0."""
     known = [
         seq.block_table[at // pair.plain.block_size] * pair.plain.block_size + at % pair.plain.block_size
-        for seq, first in zip(plan.seqs, plan.firsts, strict=True)
+        for seq, first in zip(step.plan.seqs, step.plan.firsts, strict=True)
         for at in range(first)
     ]
     for kept in (pair.plain, pair.compiled):
@@ -98,12 +97,12 @@ def fill(pair: Both, plan: Plan) -> None:
 @torch.inference_mode()
 def check(pair: Both, work: Work) -> None:
     size = pair.plain.block_size
-    plan = plan_of(work, size)
-    assert all(len(seq.block_table) * size >= len(seq.token_ids) for seq in plan.seqs), "more than the cache holds"
-    fill(pair, plan)
-    batch = Batch.from_plan(plan, wanted_rows(plan).rows, size, CPU)
+    step = step_of(work, size)
+    assert all(len(seq.block_table) * size >= len(seq.token_ids) for seq in step.plan.seqs), "more than the cache holds"
+    fill(pair, step)
+    batch = Batch.of(step, step.logit_rows, CPU, None)
     expected = pair.model.logits(pair.model.forward(batch, pair.plain))
-    torch.testing.assert_close(pair.batch.run(plan), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pair.batch.run(step, None), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(pair.compiled.whole, pair.plain.whole, atol=1e-5, rtol=0, equal_nan=True)
 
 
@@ -157,11 +156,11 @@ def test_loops_shared_by_threads() -> None:
 
 @torch.inference_mode()
 def test_nan_stays_with_its_sequence() -> None:
-    pair, plan = both(GROUPED), plan_of([(30, 1, True), (0, 5, True), (17, 1, True)])
-    fill(pair, plan)
-    expected = pair.batch.run(plan)
-    pair.compiled.whole[:, :, plan.seqs[0].block_table[1]] = float("nan")
-    found = pair.batch.run(plan)
+    pair, step = both(GROUPED), step_of([(30, 1, True), (0, 5, True), (17, 1, True)])
+    fill(pair, step)
+    expected = pair.batch.run(step, None)
+    pair.compiled.whole[:, :, step.plan.seqs[0].block_table[1]] = float("nan")
+    found = pair.batch.run(step, None)
     assert found[0].isnan().all() and torch.equal(found[1:], expected[1:])
 
 
@@ -169,14 +168,14 @@ def test_16_bits_are_rounded_no_more_than_on_the_plain_path() -> None:
     """Against the same weights in fp32."""
     parameters = random_parameters(WIDE, torch.bfloat16, CPU)
     wide = Transformer(WIDE, {name: tensor.float() for name, tensor in parameters.items()}, 256, False)
-    pair, plan = both(WIDE, torch.bfloat16), plan_of([(30, 1, True), (0, 5, True), (17, 1, True)])
+    pair, step = both(WIDE, torch.bfloat16), step_of([(30, 1, True), (0, 5, True), (17, 1, True)])
     outcomes = []
     with torch.inference_mode():
-        batch = Batch.from_plan(plan, wanted_rows(plan).rows, 16, CPU)
+        batch = Batch.of(step, step.logit_rows, CPU, None)
         for model in (wide, pair.model):
-            fill(pair, plan)
+            fill(pair, step)
             outcomes.append(model.logits(model.forward(batch, pair.plain)))
-        outcomes.append(pair.batch.run(plan))
+        outcomes.append(pair.batch.run(step, None))
     exact, plain, compiled = outcomes
     assert (compiled - exact).abs().max() <= 1.1 * (plain - exact).abs().max()
 
@@ -192,7 +191,7 @@ def test_after_others_have_reset_the_compiler() -> None:
 @pytest.mark.parametrize(
     "work, served",
     [
-        ([(30, 1, True)], False),  # one row: `CompiledRow`'s
+        ([(30, 1, True)], False),  # one row: `OneRow`'s
         ([(30, 1, False), (9, 4, False)], False),  # no token comes of it
         ([(0, 120, True)], True),
         ([(0, 121, True)], False),  # prompts like that are quicker on the plain path
@@ -204,14 +203,15 @@ def test_after_others_have_reset_the_compiler() -> None:
         ([(65_536, 1, True), (1, 1, True)], False),  # would be compiled for anew
     ],
 )
-def test_which_plans_it_serves(work: Work, served: bool) -> None:
-    assert both(GROUPED).batch.serves(plan_of(work)) == served
+def test_which_steps_it_serves(work: Work, served: bool) -> None:
+    assert both(GROUPED).batch.serves(step_of(work, n_blocks=5000)) == served
 
 
 def test_a_token_that_is_not_known_yet() -> None:
-    plan = plan_of([(30, 1, True), (8, 1, True)])
+    plan = step_of([(30, 1, True), (8, 1, True)]).plan
     plan.firsts[1] += 1
-    assert not both(GROUPED).batch.serves(plan)
+    step = Step.of(plan, BlockTables(), 16, LastStep(torch.tensor([5, 6]), plan.seqs))
+    assert not both(GROUPED).batch.serves(step)
 
 
 PROMPTS = [[1, 17, 40], [1, 5, 9, 200, 33, 12, 8, 77, 21, 90], [1], [1, 7] * 70]
@@ -228,14 +228,14 @@ def answers(model: ModelConfig | Path, params: list[SamplingParams] = PARAMS, **
         return found
 
 
-def served(monkeypatch: pytest.MonkeyPatch, kind: Any = CompiledBatch) -> list[Plan]:
+def served(monkeypatch: pytest.MonkeyPatch, kind: Any = ManyRows) -> list[Plan]:
     """The plans that the compiled functions get from now on."""
     plans: list[Plan] = []
     run = kind.run
 
-    def note(self: Any, plan: Plan) -> Any:
-        plans.append(plan)
-        return run(self, plan)
+    def note(self: Any, step: Step, last: LastStep | None) -> Any:
+        plans.append(step.plan)
+        return run(self, step, last)
 
     monkeypatch.setattr(kind, "run", note)
     return plans
@@ -284,25 +284,25 @@ def test_steps_that_fail_are_run_on_the_plain_path(
     """Once: what failed is not asked again."""
     plain, calls = answers(GROUPED), []
 
-    def fail(self: CompiledBatch, plan: Plan) -> torch.Tensor:
-        calls.append(plan)
+    def fail(self: ManyRows, step: Step, last: LastStep | None) -> torch.Tensor:
+        calls.append(step)
         raise RuntimeError("the compiler is gone")
 
-    monkeypatch.setattr(CompiledBatch, "run", fail)
+    monkeypatch.setattr(ManyRows, "run", fail)
     with caplog.at_level(logging.WARNING, "llama"):
         assert_equal(plain, answers(GROUPED, compile=True))
     assert len(calls) == 1 and "operator by operator" in caplog.text and "the compiler is gone" in caplog.text
 
 
-@pytest.mark.parametrize("missing, kept", [("CompiledBatch", "row"), ("CompiledRow", "batch")])
+@pytest.mark.parametrize("missing, kept", [("ManyRows", "row"), ("OneRow", "batch")])
 def test_one_is_kept_when_the_other_cannot_be_compiled(
     missing: str, kept: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*args: object) -> None:
         raise RuntimeError(f"no {missing}")
 
-    monkeypatch.setattr(llama.setup, missing, fail)
-    plans = {"row": served(monkeypatch, llama.compiled_row.CompiledRow), "batch": served(monkeypatch)}
+    monkeypatch.setattr(llama.cpu.executor, missing, fail)
+    plans = {"row": served(monkeypatch, OneRow), "batch": served(monkeypatch)}
     with caplog.at_level(logging.WARNING, "llama"):
         answers(GROUPED, compile=True)
     assert f"no {missing}" in caplog.text
