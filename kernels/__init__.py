@@ -29,7 +29,7 @@ from kernels.launch import HAS_TRITON, INTERPRET
 from kernels.linear_weight import LinearWeight
 from kernels.linear_weight import pack_weight as pack_for_cuda
 from kernels.reference import Filters
-from kernels.transfer import Mirror
+from kernels.transfer import PinnedBuffer
 
 if HAS_TRITON:
     from kernels import triton_ops
@@ -38,9 +38,9 @@ __project__ = "llama-slots"  # llama/_floor.py looks for it
 
 __all__ = [
     "rms_norm", "linear", "swiglu", "rope_table", "rope_write", "paged_attention",
-    "adjust_logits", "token_logprobs", "uniform", "sample", "Filters",
+    "apply_penalties", "token_logprobs", "uniform", "sample", "Filters",
     "plan_attention", "AttentionPlan", "plan_capture", "prefill_tiles", "tiles_of",
-    "pack_weight", "LinearWeight", "make_cache", "cache_dtype", "upload", "fetch", "Mirror",
+    "pack_weight", "LinearWeight", "make_cache", "cache_dtype", "to_device", "to_host", "PinnedBuffer",
     "CpuPlan", "QueryBlocks", "attend_blocks", "packed_linear",
 ]  # fmt: skip
 
@@ -140,7 +140,7 @@ def paged_attention(
     return _ops(q.device).paged_attention(q, k_cache, v_cache, plan, scale, batch_invariant=batch_invariant)
 
 
-def adjust_logits(
+def apply_penalties(
     logits: Tensor, rows: Tensor, token_ids: Tensor, bias: Tensor, repetition: Tensor, subtract: Tensor
 ) -> None:
     """Biases and penalties on single logits, in place: x + bias, then / or * repetition by sign, then - subtract.
@@ -148,7 +148,7 @@ def adjust_logits(
     logits: [rows, vocab] fp32. The others: [entries], one per touched logit, each (row, token) at most once: rows and
     token_ids int64, bias (-inf bans), repetition (CTRL, arXiv 1909.05858; 1 = none) and subtract fp32.
     """
-    _ops(logits.device).adjust_logits(logits, rows, token_ids, bias, repetition, subtract)
+    _ops(logits.device).apply_penalties(logits, rows, token_ids, bias, repetition, subtract)
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, n_top: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,13 +197,13 @@ def make_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
     return zeros_on_huge_pages(shape, dtype) if _on_cpu(device) else torch.zeros(shape, dtype=dtype, device=device)
 
 
-def upload(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
+def to_device(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
     """Contiguous arrays as tensors on the device, in one copy. On the CPU they share the arrays' memory."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     return transfer.to_device(device, *arrays)
 
 
-def fetch(tensor: Tensor) -> Tensor:
+def to_host(tensor: Tensor) -> Tensor:
     """A copy on the host, which may be read after an event that is recorded behind it; a CPU tensor is its own copy."""
     return tensor if tensor.device.type == "cpu" else transfer.to_host(tensor)

@@ -79,7 +79,7 @@ def paged_attention(
     return out
 
 
-def adjust_logits(
+def apply_penalties(
     logits: Tensor, rows: Tensor, token_ids: Tensor, bias: Tensor, repetition: Tensor, subtract: Tensor
 ) -> None:
     x = logits[rows, token_ids] + bias

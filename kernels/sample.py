@@ -143,7 +143,7 @@ def _warps(block: int) -> int:
 
 
 @triton.jit(do_not_specialize=["entries"])
-def adjust_logits_kernel(
+def apply_penalties_kernel(
     logits_ptr, row_ptr, token_ptr, bias_ptr, repetition_ptr, subtract_ptr, V, entries, BLOCK: tl.constexpr
 ):
     """grid (ceil(entries / BLOCK),)."""
@@ -157,7 +157,7 @@ def adjust_logits_kernel(
     tl.store(at, x, mask=inside)
 
 
-def adjust_logits(
+def apply_penalties(
     logits: Tensor, rows: Tensor, token_ids: Tensor, bias: Tensor, repetition: Tensor, subtract: Tensor
 ) -> None:
     device = logits.device
@@ -169,7 +169,7 @@ def adjust_logits(
     expect("repetition", repetition, (entries,), torch.float32, device)
     expect("subtract", subtract, (entries,), torch.float32, device)
     if entries:
-        adjust_logits_kernel[(cdiv(entries, _ENTRIES),)](
+        apply_penalties_kernel[(cdiv(entries, _ENTRIES),)](
             logits, rows, token_ids, bias, repetition, subtract, logits.shape[1], entries, BLOCK=_ENTRIES, num_warps=4
         )
 

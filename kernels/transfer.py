@@ -16,7 +16,7 @@ _ALIGN = 16  # bytes; Triton compiles anew for pointers of another alignment
 
 
 def to_device(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
-    """As `kernels.upload`; CPU tensors are for Triton's interpreter."""
+    """As `kernels.to_device`; CPU tensors are for Triton's interpreter."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     # torch keeps the pinned buffer from being used again before the copy out of it has been made.
@@ -24,12 +24,12 @@ def to_device(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """As `kernels.fetch`."""
+    """As `kernels.to_host`."""
     pinned = tensor.device.type == "cuda"
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).copy_(tensor, non_blocking=True)
 
 
-class Mirror:
+class PinnedBuffer:
     """Arrays on the host, and the same on the device as they were when `send` was last called.
 
     arrays: to be written. tensors: their copies on the device, which keep their places.

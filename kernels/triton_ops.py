@@ -6,10 +6,10 @@ from kernels.attention import paged_attention
 from kernels.matmul import linear
 from kernels.rms_norm import rms_norm
 from kernels.rope_cache import rope_write
-from kernels.sample import adjust_logits, sample, token_logprobs, uniform
+from kernels.sample import apply_penalties, sample, token_logprobs, uniform
 from kernels.swiglu import swiglu
 
 __all__ = [
-    "adjust_logits", "linear", "paged_attention", "rms_norm", "rope_write", "sample", "swiglu", "token_logprobs",
+    "apply_penalties", "linear", "paged_attention", "rms_norm", "rope_write", "sample", "swiglu", "token_logprobs",
     "uniform",
 ]  # fmt: skip

@@ -195,7 +195,7 @@ class Batch:
     @classmethod
     def of(cls, step: Step, logit_rows: np.ndarray, device: torch.device, last: LastStep | None) -> Batch:
         """last: has the tokens that are not read yet."""
-        rows, logits_of, unread = kernels.upload(device, step.rows, logit_rows, step.unread)
+        rows, logits_of, unread = kernels.to_device(device, step.rows, logit_rows, step.unread)
         token_ids, positions, kv_index = rows.unbind(0)
         if last is not None and len(unread):
             last.fill(token_ids, *unread.unbind(1))

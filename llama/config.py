@@ -237,8 +237,8 @@ class EngineConfig:
     batch_invariant: same bits alone and in any batch; None: on for CUDA, off for the CPU, where it costs most speed.
     cuda_graphs: replay decodes and short prompts as CUDA graphs; nothing on the CPU. Default on.
     compile: on the CPU, decodes and short prompts by layers that torch.compile made; not with batch_invariant or
-        steps_ahead. Takes twice the memory of the weights, a C++ compiler, and time at the start. Default off.
-    steps_ahead: launch a step before the one before it is read; None: on for CUDA, off for the CPU, which has no time
+        async_scheduling. Takes twice the memory of the weights, a C++ compiler, and time at the start. Default off.
+    async_scheduling: launch a step before the one before it is read; None: on for CUDA, off for the CPU, which has no time
         to gain from it.
     threads: CPU threads of one operation; None: torch's own number, and one in very small steps.
     """
@@ -255,7 +255,7 @@ class EngineConfig:
     batch_invariant: bool | None = None
     cuda_graphs: bool = True
     compile: bool = False
-    steps_ahead: bool | None = None
+    async_scheduling: bool | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -272,16 +272,16 @@ class EngineConfig:
                 raise ConfigError(name, value, "must be a whole number of at least 1, or None")
         if self.dtype not in ("auto", *DTYPES):
             raise ConfigError("dtype", self.dtype, f"must be 'auto' or one of {', '.join(DTYPES)}")
-        for name in ("prefix_cache", "batch_invariant", "cuda_graphs", "compile", "steps_ahead"):
+        for name in ("prefix_cache", "batch_invariant", "cuda_graphs", "compile", "async_scheduling"):
             value = getattr(self, name)
-            if type(value) is not bool and not (value is None and name in ("batch_invariant", "steps_ahead")):
+            if type(value) is not bool and not (value is None and name in ("batch_invariant", "async_scheduling")):
                 raise ConfigError(name, value, "must be True or False")
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", self.device):
             raise ConfigError("device", self.device, "must be 'auto', 'cpu', 'cuda' or 'cuda:N'")
         if self.compile and self.batch_invariant:
             raise ConfigError("compile", True, "cannot keep batch_invariant=True: a sequence alone has other bits then")
-        if self.compile and self.steps_ahead:
-            raise ConfigError("compile", True, "needs each token before the next step: not with steps_ahead=True")
+        if self.compile and self.async_scheduling:
+            raise ConfigError("compile", True, "needs each token before the next step: not with async_scheduling=True")
 
 
 @dataclass(frozen=True)

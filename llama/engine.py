@@ -289,7 +289,7 @@ def _thread_main(
     try:
         if setup.device.type == "cuda":
             torch.cuda.set_device(setup.device)  # Triton launches on the thread's current device
-        loop = EngineLoop(scheduler, build(), inbox, setup.steps_ahead)
+        loop = EngineLoop(scheduler, build(), inbox, setup.async_scheduling)
     except BaseException as error:
         started.put(error)
         return

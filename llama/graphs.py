@@ -89,9 +89,9 @@ class StepGraph:
             block_tables=np.zeros((n_seqs, -(-max_seq_len // cache.block_size)), np.int32),
             tiles=np.array([(0, -1)] * n_tiles, np.int32).reshape(-1, 2),
         )
-        self._mirror = kernels.Mirror(device, *(getattr(blank, field.name) for field in fields(blank)))
-        self._host: StepInputs[np.ndarray] = StepInputs(*self._mirror.arrays)
-        self._device: StepInputs[Tensor] = StepInputs(*self._mirror.tensors)
+        self._buffer = kernels.PinnedBuffer(device, *(getattr(blank, field.name) for field in fields(blank)))
+        self._host: StepInputs[np.ndarray] = StepInputs(*self._buffer.arrays)
+        self._device: StepInputs[Tensor] = StepInputs(*self._buffer.tensors)
         inputs = self._device
         attention = kernels.plan_capture(
             inputs.cu_seqlens_q, inputs.seqlens_k, inputs.block_tables, inputs.tiles, n_rows, max_seq_len
@@ -102,9 +102,9 @@ class StepGraph:
 
     def run(self, step: Step, last: LastStep | None) -> Tensor:
         """Logits [sequences that yield a token, vocab_size] fp32; valid until the next run of any graph."""
-        self._mirror.wait()
+        self._buffer.wait()
         _fill(self._host, step)
-        self._mirror.send()
+        self._buffer.send()
         n_unread = len(step.unread)
         if n_unread and last is not None:
             inputs = self._device

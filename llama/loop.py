@@ -3,7 +3,7 @@
 A step is schedule, launch, commit, deliver. Other threads reach it only through `inbox`, a queue of calls to make.
 A fault in one request ends that request; an error that cannot be pinned on one ends the engine.
 
-With steps_ahead, the next step is planned and launched before the one before it is read, so that a device that computes
+With async_scheduling, the next step is planned and launched before the one before it is read, so that a device that computes
 on its own never waits for Python: launch t + 1, then commit and deliver t. A step whose tokens the next plan depends on
 (`Plan.needs_sync`) is read at once.
 """
@@ -62,9 +62,9 @@ class EngineLoop:
         scheduler: Scheduler,
         runner: StepRunner,
         inbox: SimpleQueue[Callable[[], None]],
-        steps_ahead: bool = False,
+        async_scheduling: bool = False,
     ) -> None:
-        self.scheduler, self.runner, self.inbox, self.steps_ahead = scheduler, runner, inbox, steps_ahead
+        self.scheduler, self.runner, self.inbox, self.async_scheduling = scheduler, runner, inbox, async_scheduling
         self.delivery = Delivery(scheduler.finish)
         self.under_way: deque[LaunchedStep] = deque()  # launched and not read; between two calls of `step` at most one
         self.on_step: Callable[[EngineLoop], None] | None = None
@@ -108,7 +108,7 @@ class EngineLoop:
                 self._recover(plan, started, error)
         elif not self.under_way:
             raise RuntimeError("sequences wait, none runs, and none can be admitted")
-        n_ahead = 1 if self.steps_ahead and plan.seqs and not plan.needs_sync else 0
+        n_ahead = 1 if self.async_scheduling and plan.seqs and not plan.needs_sync else 0
         while len(self.under_way) > n_ahead:
             launched = self.under_way.popleft()
             self._commit_and_deliver(launched.plan, launched.pending.result(), launched.started)

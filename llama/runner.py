@@ -92,7 +92,7 @@ class PlainExecutor:
         for i in range(0, span.n, _PROMPT_ROWS):
             rows = hidden[i : i + _PROMPT_ROWS]
             begin = span.first + i + 1
-            (ids,) = kernels.upload(self.device, np.array(span.seq.token_ids[begin : begin + len(rows)], np.int64))
+            (ids,) = kernels.to_device(self.device, np.array(span.seq.token_ids[begin : begin + len(rows)], np.int64))
             span.reports.append(report_logprobs(self.model.logits(rows), ids, [n_top] * len(rows), n_top))
 
 

@@ -86,18 +86,18 @@ class Sampler:
             self._penalise(logits, seqs, positions)
         uniforms = rows.filters.temperature  # of no use to greedy rows
         if rows.any_random:
-            (at,) = kernels.upload(self.device, np.array(positions, np.int64))
+            (at,) = kernels.to_device(self.device, np.array(positions, np.int64))
             uniforms = kernels.uniform(rows.seeds, at)
         ids = kernels.sample(logits, rows.filters, uniforms)
         report = None
         if rows.n_top is not None:
             report = report_logprobs(raw, ids, [seq.params.logprobs for seq in seqs], rows.n_top)
-        return Sampled(ids, kernels.fetch(ids), report)
+        return Sampled(ids, kernels.to_host(ids), report)
 
     def _row_params(self, seqs: list[Sequence]) -> RowParams:
         params = [seq.params for seq in seqs]
         asked = [p.logprobs for p in params if p.logprobs is not None]
-        seeds, *filters = kernels.upload(
+        seeds, *filters = kernels.to_device(
             self.device,
             np.array([seq.seed for seq in seqs], np.int64),
             np.array([0.0 if p.greedy else p.temperature for p in params], np.float32),
@@ -121,7 +121,7 @@ class Sampler:
                 entries += [(row, *entry) for entry in _penalties(seq, position)]
         if entries:
             row_ids, token_ids, bias, repetition, subtract = zip(*entries, strict=True)
-            changes = kernels.upload(
+            changes = kernels.to_device(
                 self.device,
                 np.array(row_ids, np.int64),
                 np.array(token_ids, np.int64),
@@ -129,7 +129,7 @@ class Sampler:
                 np.array(repetition, np.float32),
                 np.array(subtract, np.float32),
             )
-            kernels.adjust_logits(logits, *changes)
+            kernels.apply_penalties(logits, *changes)
 
 
 def _penalties(seq: Sequence, position: int) -> list[tuple[int, float, float, float]]:
@@ -154,5 +154,5 @@ def _penalties(seq: Sequence, position: int) -> list[tuple[int, float, float, fl
 def report_logprobs(logits: Tensor, token_ids: Tensor, wanted: list[int | None], n_top: int) -> Report:
     """Logprobs of one token per row and of the best ones; wanted[row] = how many, None = no report for the row."""
     chosen, top_ids, top = kernels.token_logprobs(logits, token_ids, n_top)
-    fetch = kernels.fetch
-    return Report((fetch(token_ids), fetch(chosen), fetch(top_ids), fetch(top)), wanted)
+    to_host = kernels.to_host
+    return Report((to_host(token_ids), to_host(chosen), to_host(top_ids), to_host(top)), wanted)

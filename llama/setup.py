@@ -40,7 +40,7 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     batch_invariant: bool
-    steps_ahead: bool
+    async_scheduling: bool
     max_seq_len: int
     memory_plan: MemoryPlan
     threads: int
@@ -67,7 +67,7 @@ def resolve(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
         device=device,
         dtype=dtype,
         batch_invariant=invariant,
-        steps_ahead=device.type == "cuda" if config.steps_ahead is None else config.steps_ahead,
+        async_scheduling=device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
         max_seq_len=max_seq_len,
         memory_plan=memory_plan,
         threads=config.threads or torch.get_num_threads(),

@@ -40,7 +40,7 @@ def step(model: Transformer, n_queries: list[int], max_len: int) -> None:
     cache = KVCache.empty(model.config, 1024, block_size, torch.bfloat16, META)
     logits = model.logits(model.forward(batch, cache))
     column, chosen = torch.empty(n_seqs, device=META), torch.empty(n_seqs, dtype=torch.int64, device=META)
-    kernels.adjust_logits(logits, chosen, chosen, column, column, column)
+    kernels.apply_penalties(logits, chosen, chosen, column, column, column)
     tokens = kernels.sample(logits, kernels.Filters.alike(n_seqs, META), kernels.uniform(chosen, chosen))
     kernels.token_logprobs(logits, tokens, 5)
 

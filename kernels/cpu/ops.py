@@ -21,10 +21,10 @@ from torch import Tensor
 from kernels.attention_plan import AttentionPlan
 from kernels.cpu.attention_plan import TILE_KEYS, TILE_ROWS, CpuPlan, Gather, QueryTiles, SequenceSpan
 from kernels.linear_weight import LinearWeight
-from kernels.reference import Filters, adjust_logits, draw, last_kept, softmax_at, top_threshold, uniform
+from kernels.reference import Filters, apply_penalties, draw, last_kept, softmax_at, top_threshold, uniform
 
 __all__ = [
-    "adjust_logits", "linear", "paged_attention", "rms_norm", "rope_write", "sample", "swiglu", "token_logprobs",
+    "apply_penalties", "linear", "paged_attention", "rms_norm", "rope_write", "sample", "swiglu", "token_logprobs",
     "uniform",
 ]  # fmt: skip
 

@@ -216,7 +216,7 @@ def parse(argv: list[str] | None, program: str) -> Options:
     engine.add_argument("--kv-memory", type=size, default=default.kv_memory, help="bytes of cache: 500M, 8G")
     engine.add_argument("--max-seq-len", type=int, default=default.max_seq_len, help="a shorter context")
     engine.add_argument("--threads", type=positive, default=default.threads, help="CPU threads of one operation")
-    for name in ("prefix_cache", "batch_invariant", "cuda_graphs", "compile", "steps_ahead"):
+    for name in ("prefix_cache", "batch_invariant", "cuda_graphs", "compile", "async_scheduling"):
         flag = "--" + name.replace("_", "-")
         engine.add_argument(flag, action=argparse.BooleanOptionalAction, default=getattr(default, name))
     given = vars(parser.parse_args(argv))

@@ -47,7 +47,7 @@ RULES = {
     "swiglu_kernel": Rule(("load128", "store128"), per_sm=8),
     "sample_kernel": Rule(("load128",), narrow_loads=5),
     "token_logprobs_kernel": Rule(("load128",), narrow_loads=2),
-    "adjust_logits_kernel": Rule(("load",), narrow_loads=6),
+    "apply_penalties_kernel": Rule(("load",), narrow_loads=6),
     "uniform_kernel": Rule(("load",), narrow_loads=2),
 }
 # Spills that stand, with the reason. On sm_100 the compiler keeps the 32 token ids of a thread beside its 32 logits in

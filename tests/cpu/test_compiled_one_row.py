@@ -111,7 +111,7 @@ def test_requests_do_not_wait_for_a_compiler(model: ModelConfig) -> None:
         assert counters["stats"]["unique_graphs"] == compiled > 0
 
 
-@pytest.mark.parametrize("option", ["batch_invariant", "steps_ahead"])
+@pytest.mark.parametrize("option", ["batch_invariant", "async_scheduling"])
 def test_what_it_cannot_be_combined_with_is_refused(option: str) -> None:
     with pytest.raises(ConfigError, match=f"compile=True: .* {option}=True"):
         EngineConfig(compile=True, **{option: True})  # type: ignore[arg-type]

@@ -53,7 +53,7 @@ class Case:
 
     def engine(self, exact: bool, **options: Any) -> Engine:
         options = {"kv_memory": 8 << 20, **options}
-        config = EngineConfig(device="cpu", batch_invariant=exact, steps_ahead=self.ahead, **options)
+        config = EngineConfig(device="cpu", batch_invariant=exact, async_scheduling=self.ahead, **options)
         return Engine(self.folder, config, progress=False)
 
 

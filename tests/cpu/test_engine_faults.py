@@ -49,9 +49,9 @@ def quick_collections() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["in turn", "ahead"])
-def steps_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def async_scheduling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything holds as well when a step is launched before the one before it is read."""
-    monkeypatch.setitem(OPTIONS, "steps_ahead", request.param)
+    monkeypatch.setitem(OPTIONS, "async_scheduling", request.param)
 
 
 @dataclass
@@ -108,7 +108,7 @@ def engine_with(*, blocks: int = 200, **options: object) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def engine(steps_ahead: None) -> Iterator[Engine]:
+def engine(async_scheduling: None) -> Iterator[Engine]:
     with engine_with() as engine:
         yield engine
 
@@ -267,7 +267,7 @@ def test_a_failing_choice_takes_its_request_with_it(engine: Engine, alone: Calla
     def fault(plan: Plan) -> None:
         plans.append(plan.counts)
         # Choice 1 starts when the prompt is known to be computed.
-        at = 2 if OPTIONS["steps_ahead"] else 1
+        at = 2 if OPTIONS["async_scheduling"] else 1
         if any(s.token_ids[0] == CULPRIT and s.index == 0 and n_before(plan, i) == at for i, s in enumerate(plan.seqs)):
             raise ValueError("bad row")
 

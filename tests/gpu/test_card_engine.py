@@ -88,7 +88,7 @@ def test_one_step_ahead_gives_the_bits_of_steps_in_turn(cuda_graphs: bool) -> No
     found = []
     for ahead in (True, False):
         options = EngineConfig(
-            device="cuda", kv_memory=4 << 30, max_batch_tokens=96, cuda_graphs=cuda_graphs, steps_ahead=ahead
+            device="cuda", kv_memory=4 << 30, max_batch_tokens=96, cuda_graphs=cuda_graphs, async_scheduling=ahead
         )
         with Engine(SMALL_7B, options, progress=False) as engine:
             found.append(answers(engine, prompts, params))

@@ -270,7 +270,7 @@ def test_sample(vocab: int, top_k: int, top_p: float, min_p: float) -> None:
         assert alone[0] == tokens[row]
 
 
-def test_token_logprobs_and_adjust_logits() -> None:
+def test_token_logprobs_and_apply_penalties() -> None:
     logits = cuda_normal(30, 32000, dtype=torch.float32) * 3
     ids = torch.randint(0, 32000, (30,), device=CUDA)
     bias, repetition, subtract = (
@@ -279,8 +279,8 @@ def test_token_logprobs_and_adjust_logits() -> None:
         torch.randn(30, device=CUDA),
     )
     twin, rows = logits.clone(), torch.arange(30, device=CUDA)
-    kernels.adjust_logits(logits, rows, ids, bias, repetition, subtract)
-    reference.adjust_logits(twin, rows, ids, bias, repetition, subtract)
+    kernels.apply_penalties(logits, rows, ids, bias, repetition, subtract)
+    reference.apply_penalties(twin, rows, ids, bias, repetition, subtract)
     assert torch.equal(logits, twin)
     chosen, top_ids, top = kernels.token_logprobs(logits, ids, 20)
     exact = logits.double().log_softmax(-1)

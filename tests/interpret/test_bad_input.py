@@ -69,7 +69,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "logits: expected dtype torch.float32": lambda: kernels.sample(LOGITS.half(), FILTERS, ROW),
     "n_top: expected 0 to 100, got 101": lambda: kernels.token_logprobs(LOGITS, INDEX, 101),
     "positions: expected shape [4], got [1]": lambda: kernels.uniform(INDEX, INDEX[:1]),
-    "bias: expected shape [4], got [2]": lambda: kernels.adjust_logits(LOGITS, INDEX, INDEX, ROW[:2], ROW, ROW),
+    "bias: expected shape [4], got [2]": lambda: kernels.apply_penalties(LOGITS, INDEX, INDEX, ROW[:2], ROW, ROW),
 }
 
 

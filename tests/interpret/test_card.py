@@ -17,7 +17,7 @@ from api_cases import write_model
 from card import DEVICE, Card, Event, Operations
 
 import llama.engine
-from kernels import Mirror
+from kernels import PinnedBuffer
 from llama import Engine, EngineConfig, SamplingParams
 from llama.batch import Batch, BlockTables, Step
 from llama.blocks import BlockPool
@@ -129,7 +129,7 @@ def test_what_a_decode_step_costs(ahead: bool) -> None:
 def test_without_waiting_for_its_buffer_a_graph_reads_the_next_step(
     monkeypatch: pytest.MonkeyPatch, in_turn: Answers
 ) -> None:
-    monkeypatch.setattr(Mirror, "wait", lambda self: None)
+    monkeypatch.setattr(PinnedBuffer, "wait", lambda self: None)
     assert three_sequences(graphs=True, ahead=True, card=Card(), watch=nothing) != in_turn
 
 

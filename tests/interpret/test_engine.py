@@ -18,7 +18,7 @@ def test_greedy_tokens_are_the_stored_ones(name: str, n_tokens: int, shared_file
     entries = json.loads(shared_file(f"vectors/{name}_greedy.json").read_text())["greedy"][:3]
     # Steps of at most 24 tokens cut the prompts, so single tokens and pieces share steps.
     config = EngineConfig(
-        device="cpu", kv_memory=8 << 20, block_size=16, max_batch_tokens=24, batch_invariant=True, steps_ahead=True
+        device="cpu", kv_memory=8 << 20, block_size=16, max_batch_tokens=24, batch_invariant=True, async_scheduling=True
     )
     greedy = SamplingParams(max_tokens=n_tokens, temperature=0, ignore_eos=True, logprobs=2)
     with Engine(shared_file(f"models/{name}-hf"), config, progress=False) as engine:

@@ -145,14 +145,14 @@ def test_token_logprobs_of_a_nan_row_are_nan_with_legal_ids() -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_adjust_logits() -> None:
+def test_apply_penalties() -> None:
     logits = guarded(torch.randn(4, 361))
     twin = logits.clone()
     at = torch.randperm(4 * 361)[:200]
     rows, ids = at // 361, at % 361
     bias, repetition, subtract = torch.randn(200), torch.rand(200) + 0.5, torch.randn(200)
     bias[:5] = -INF
-    triton_ops.adjust_logits(logits, *(guarded(t) for t in (rows, ids, bias, repetition, subtract)))
-    reference.adjust_logits(twin, rows, ids, bias, repetition, subtract)
+    triton_ops.apply_penalties(logits, *(guarded(t) for t in (rows, ids, bias, repetition, subtract)))
+    reference.apply_penalties(twin, rows, ids, bias, repetition, subtract)
     assert torch.equal(logits, twin)
     torch.empty(1, dtype=torch.float32)  # this operation allocates nothing
