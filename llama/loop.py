@@ -3,9 +3,8 @@
 A step is schedule, launch, commit, deliver. Other threads reach it only through `inbox`, a queue of calls to make.
 A fault in one request ends that request; an error that cannot be pinned on one ends the engine.
 
-With async_scheduling, the next step is planned and launched before the one before it is read, so that a device that computes
-on its own never waits for Python: launch t + 1, then commit and deliver t. A step whose tokens the next plan depends on
-(`Plan.needs_sync`) is read at once.
+With async_scheduling, step t + 1 is planned and launched before step t is committed and delivered, so that the device
+never waits for Python. A step whose tokens the next plan depends on (`Plan.needs_sync`) is read at once.
 """
 
 from __future__ import annotations

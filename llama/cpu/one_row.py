@@ -137,7 +137,7 @@ def _head_of(model: Transformer) -> Callable[[Tensor, Tensor, Tensor], tuple[Ten
 def _multiply(x: Tensor, weight: Tensor) -> Tensor:
     """weight [n, k] @ x [k], written as the loop that Inductor makes of it; as a matmul it would go to oneDNN.
 
-    An int32 weight is one of `kernels.linear_weight.pair_columns`: a shift or a mask makes fp32 numbers that fill a
+    An int32 weight is one of `kernels.cpu.packed_linear.pair_columns`: a shift or a mask makes fp32 numbers that fill a
     vector register, where widening bf16 fills half of one and takes more instructions.
     """
     if weight.dtype != torch.int32:
