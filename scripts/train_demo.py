@@ -1,8 +1,8 @@
 """Train the demo checkpoint: a small Llama-2 that knows how to use this engine, written to llama/demo/.
 
-Everything starts here from nothing but scripts/demo/text.txt: a SentencePiece tokenizer, then the model in plain torch
-(its parameters carry their Hugging Face names from the start), then the score on unseen questions, then the files.
-Seeded: the same machine, torch and number of threads give the same bytes. About 25 minutes on one CPU core.
+Everything comes from scripts/demo/text.txt: a SentencePiece tokenizer, then the model in plain torch (its parameters
+carry Hugging Face's names), then the score on unseen questions, then the files. Seeded: the same machine, torch and
+number of threads give the same bytes. It takes about half an hour on one CPU core.
 
     python scripts/train_demo.py                     the checkpoint that ships
     python scripts/train_demo.py --steps 300 --out DIR   a quick look
@@ -16,6 +16,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,19 @@ CONFIG: dict[str, Any] = {
 }
 GENERATION = {"bos_token_id": BOS, "eos_token_id": EOS, "do_sample": False}
 Parameters = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """out: the folder to write. rows: dialogs per step. lr: of AdamW; Muon takes twice that."""
+
+    out: Path
+    steps: int
+    rows: int
+    lr: float
+    dropout: float
+    threads: int
+    seed: int
 
 
 # -- Tokens ------------------------------------------------------------------------------------------------------------
@@ -148,7 +162,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def new_parameters(seed: int) -> Parameters:
-    """Fresh fp32 parameters. Input and output embedding are one while training, from which copying words is learned far
+    """Fresh fp32 parameters. Input and output embedding are one tensor while training, so that copying words is learned
     sooner; the files hold it twice, as Llama-2's do."""
     generator = torch.Generator().manual_seed(seed)
     p = {}
@@ -204,7 +218,7 @@ def hidden_states(p: Parameters, ids: Tensor, dropout: float = 0.0) -> Tensor:
 def draw_batches(
     text: DemoText, tokenizer: spm.SentencePieceProcessor, rng: random.Random, rows: int, drill: float
 ) -> list:
-    """Sixteen batches of about equal lengths each, so that little is padded."""
+    """Sixteen batches, each of dialogs of about equal length, so that little is padded."""
     dialogs = [text.training(rng, drill) for _ in range(16 * rows)]
     pairs = [(prompt_ids(tokenizer, d.messages), answer_ids(tokenizer, d.answer)) for d in dialogs]
     pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
@@ -213,31 +227,31 @@ def draw_batches(
     return batches
 
 
-def train(args: argparse.Namespace, text: DemoText, tokenizer: spm.SentencePieceProcessor) -> Parameters:
-    """Muon and AdamW under a cosine, loss on answer tokens only; the mean of late weights is what is returned."""
-    torch.manual_seed(args.seed)
-    rng = random.Random(args.seed + 1)
-    p = new_parameters(args.seed)
+def train(options: Options, text: DemoText, tokenizer: spm.SentencePieceProcessor) -> Parameters:
+    """Train with Muon and AdamW under a cosine, with a loss on answer tokens only; returns the mean of late weights."""
+    torch.manual_seed(options.seed)
+    rng = random.Random(options.seed + 1)
+    p = new_parameters(options.seed)
     mean = {name: value.detach().clone() for name, value in p.items()}
     trained = {name: value for name, value in p.items() if name != "lm_head.weight"}
     matrices = [value for name, value in trained.items() if "proj" in name]
     others = [value for name, value in trained.items() if "proj" not in name]
-    optimizers = [  # Muon for the matrices: what is rare, as most wordings are, is learned in far fewer steps
-        torch.optim.Muon(matrices, lr=2 * args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
+    optimizers = [  # Muon for the matrices: it learns rare wordings, and most are rare, in far fewer steps
+        torch.optim.Muon(matrices, lr=2 * options.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     batches: list[tuple[Tensor, Tensor]] = []
-    progress = tqdm(range(args.steps), desc="training", unit="step", mininterval=5)
+    progress = tqdm(range(options.steps), desc="training", unit="step", mininterval=5)
     for step in progress:
-        share = min((step + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        share = min((step + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / options.steps)))
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * share
-        drill = max(0.0, 0.6 - 3 * step / args.steps)
-        batches = batches or draw_batches(text, tokenizer, rng, args.rows, drill)
+        drill = max(0.0, 0.6 - 3 * step / options.steps)
+        batches = batches or draw_batches(text, tokenizer, rng, options.rows, drill)
         inputs, labels = batches.pop()
         due = labels != IGNORE
-        logits = F.linear(hidden_states(p, inputs, args.dropout)[due], p["lm_head.weight"])
+        logits = F.linear(hidden_states(p, inputs, options.dropout)[due], p["lm_head.weight"])
         loss = F.cross_entropy(logits, labels[due])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
@@ -256,9 +270,11 @@ def train(args: argparse.Namespace, text: DemoText, tokenizer: spm.SentencePiece
 def score(
     dialogs: list[Dialog], tokenizer: spm.SentencePieceProcessor, forward: Callable[[Tensor], Tensor]
 ) -> list[bool]:
-    """Which dialogs are answered correctly. Correct means: the greedy answer is the right answer, id for id, EOS
-    included. That is so exactly if, behind the right ids up to any place, the best next id is the right one, which one
-    forward pass per dialog tells. forward: ids [1, length] -> logits [1, length, vocab]."""
+    """Which dialogs are answered correctly: the greedy answer equals the right one, id for id, EOS included.
+
+    It does exactly if the best next id is right after every right prefix, which one forward pass per dialog tells.
+    forward: ids [1, length] -> logits [1, length, vocab].
+    """
     results = []
     for dialog in dialogs:
         inputs, labels = to_batch([(prompt_ids(tokenizer, dialog.messages), answer_ids(tokenizer, dialog.answer))])
@@ -310,19 +326,19 @@ Licence: as the project.
 """
 
 
-def write(out: Path, args: argparse.Namespace, p: Parameters, model: bytes, facts: dict[str, Any]) -> None:
+def write(options: Options, p: Parameters, model: bytes, facts: dict[str, Any]) -> None:
     """config.json, generation_config.json, model.safetensors, tokenizer.model and the card."""
+    out = options.out
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.model").write_bytes(model)
     (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
     (out / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n", encoding="utf-8")
     (out / "model.safetensors").write_bytes(save(p, metadata={"format": "pt"}))
-    card = CARD.format(**{**CONFIG, **vars(args), **facts, "torch": torch.__version__})
+    card = CARD.format(**{**CONFIG, **asdict(options), **facts, "torch": torch.__version__})
     (out / "README.md").write_text(card, encoding="utf-8")
 
 
-def main() -> None:
-    """Tokenizer, training, rounding to bfloat16, score, files."""
+def parse() -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DEMO, help="directory to write (default: llama/demo)")
     parser.add_argument("--steps", type=int, default=3300)
@@ -331,13 +347,18 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    return Options(**vars(parser.parse_args()))
+
+
+def main() -> None:
+    """Tokenizer, training, rounding to bfloat16, score, files."""
+    options = parse()
+    torch.set_num_threads(options.threads)
     start = time.monotonic()
     text = DemoText()
-    model = train_tokenizer(text, args.seed)
+    model = train_tokenizer(text, options.seed)
     tokenizer = spm.SentencePieceProcessor(model_proto=model)
-    p = {name: value.bfloat16() for name, value in train(args, text, tokenizer).items()}
+    p = {name: value.bfloat16() for name, value in train(options, text, tokenizer).items()}
     minutes = (time.monotonic() - start) / 60
 
     with torch.inference_mode():
@@ -356,11 +377,10 @@ def main() -> None:
         "right_bf16": sum(right_bf16),
         "kinds": "\n".join(f"| {kind} | {good[kind]} | {n} |" for kind, n in kinds.items()),
     }
-    write(args.out, args, p, model, facts)
-    size = sum(f.stat().st_size for f in args.out.iterdir() if f.is_file())
-    print(
-        f"first-page examples right in fp32 and bf16: {first}; {size / 1e6:.2f} MB in {args.out}; {minutes:.1f} minutes"
-    )
+    write(options, p, model, facts)
+    size = sum(f.stat().st_size for f in options.out.iterdir() if f.is_file())
+    files = f"{size / 1e6:.2f} MB in {options.out}"
+    print(f"first-page examples right in fp32 and bf16: {first}; {files}; {minutes:.1f} minutes")
     print(f"held-back score: {sum(right)}/{len(right)} = {sum(right) / len(right):.1%} (bf16: {sum(right_bf16)})")
 
 

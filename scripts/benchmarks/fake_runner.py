@@ -1,4 +1,4 @@
-"""A runner that computes nothing, so that what is left is everything else."""
+"""A runner that computes nothing, to measure everything else."""
 
 from __future__ import annotations
 

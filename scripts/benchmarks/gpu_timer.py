@@ -1,7 +1,7 @@
 """How long kernels take on this card, and the card's own ceilings, measured the same way.
 
-A time is the median over replays of a CUDA graph, so that no launch from the host is in it. A graph walks through
-enough copies of its inputs that no call finds them in the L2 cache. The sides of a comparison are replayed in turns.
+A time is the median over replays of a CUDA graph, so it includes no launch from the host. A graph walks through so many
+copies of its inputs that no call finds them in the L2 cache. The sides of a comparison are replayed in turns.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ def copies(n_bytes: int) -> range:
 def time_on_card(sides: Sequence[Sequence[Call]], replays: int = 30) -> list[float]:
     """The `Timer` of a CUDA device."""
     graphs = [_capture([*calls] * -(-LEAST_CALLS // len(calls))) for calls in sides]
-    found: list[list[float]] = [[] for _ in sides]
+    seconds: list[list[float]] = [[] for _ in sides]
     for _ in range(replays):
-        for (graph, n_calls), times in zip(graphs, found, strict=True):
+        for (graph, n_calls), times in zip(graphs, seconds, strict=True):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             graph.replay()
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end) / 1e3 / n_calls)
-    return [statistics.median(times[replays // 3 :]) for times in found]
+    return [statistics.median(times[replays // 3 :]) for times in seconds]
 
 
 def _capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:

@@ -1,4 +1,4 @@
-"""Load over HTTP: streamed requests, each timed, fired all at once, in a closed loop or as a trace says."""
+"""Load over HTTP: streamed requests, each timed, sent all at once, in a closed loop or at the times of a trace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 @dataclass
 class Shot:
-    """One request and what came of it; all times in seconds. status: of HTTP, 0 when the connection broke.
+    """One request and its outcome; all times in seconds. status: of HTTP, 0 when the connection broke.
 
     first: until the first event. gaps: between events that came one after the other. tokens: generated, by the answer.
     """
@@ -74,8 +74,8 @@ async def fire(connection: Connection, request: bytes) -> Shot:
     try:
         writer.write(request)
         head = await reader.readuntil(b"\r\n\r\n")
-        if found := re.search(rb"content-length: *(\d+)", head, re.IGNORECASE):
-            body = await reader.readexactly(int(found[1]))
+        if length := re.search(rb"content-length: *(\d+)", head, re.IGNORECASE):
+            body = await reader.readexactly(int(length[1]))
         else:
             body = await read_stream(reader, shot, started)
         shot.status = int(head.split(None, 2)[1])
@@ -92,7 +92,7 @@ async def fire(connection: Connection, request: bytes) -> Shot:
 
 
 async def read_stream(reader: asyncio.StreamReader, shot: Shot, started: float) -> bytes:
-    """The last bytes of a stream; when its events came is noted. Raises EOFError when it has no proper end."""
+    """The last bytes of a stream, whose event times go into `shot`. Raises EOFError when it has no proper end."""
     tail, last = b"", started
     while not tail.endswith(b"\r\n0\r\n\r\n") and (data := await reader.read(1 << 16)):
         if b"data: {" in data:
@@ -109,8 +109,8 @@ async def read_stream(reader: asyncio.StreamReader, shot: Shot, started: float) 
 
 
 async def all_at_once(port: int, requests: Sequence[bytes]) -> tuple[list[Shot], float, float]:
-    """Every request on a connection that is there already; the seconds from the first byte to the last, and how many of
-    them this process was at work."""
+    """Send every request on a connection that is open before; returns the seconds from the first byte to the last, and
+    the CPU seconds of this process."""
     connections = [await connect(port) for _ in requests]
     started, cpu = time.perf_counter(), time.process_time()
     shots = await asyncio.gather(*map(fire, connections, requests))
@@ -118,7 +118,7 @@ async def all_at_once(port: int, requests: Sequence[bytes]) -> tuple[list[Shot],
 
 
 async def closed_loop(port: int, requests: Sequence[bytes], concurrency: int) -> tuple[list[Shot], float]:
-    """So many at a time; a new one whenever one has ended."""
+    """`concurrency` requests at a time; a new one starts whenever one ends."""
     left, shots = list(reversed(requests)), []
 
     async def work() -> None:
@@ -132,14 +132,14 @@ async def closed_loop(port: int, requests: Sequence[bytes], concurrency: int) ->
 
 
 async def open_loop(port: int, arrivals: Sequence[tuple[float, bytes]]) -> tuple[list[Shot], float]:
-    """Each at its time, whatever became of those before; nobody who is refused comes again."""
+    """Send each request at its time, whatever became of those before. A refused one is not sent again."""
     started = time.perf_counter()
 
-    async def one(at: float, request: bytes) -> Shot:
+    async def send(at: float, request: bytes) -> Shot:
         await asyncio.sleep(max(started + at - time.perf_counter(), 0))
         return await fire(await connect(port), request)
 
-    shots = await asyncio.gather(*(one(at, request) for at, request in arrivals))
+    shots = await asyncio.gather(*(send(at, request) for at, request in arrivals))
     return shots, time.perf_counter() - started
 
 
@@ -147,5 +147,7 @@ def percentiles(values: Sequence[float], *shares: int) -> dict[str, float]:
     """In milliseconds, by name: p50, p99 and so on; empty when there is nothing to rank."""
     ranked = sorted(values)
     return {
-        f"p{one}": round(ranked[min(len(ranked) * one // 100, len(ranked) - 1)] * 1000, 2) for one in shares if ranked
+        f"p{share}": round(ranked[min(len(ranked) * share // 100, len(ranked) - 1)] * 1000, 2)
+        for share in shares
+        if ranked
     }

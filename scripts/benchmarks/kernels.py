@@ -194,12 +194,12 @@ class Bench:
         config = self.config
         for rows, length in DECODE:
             n_bytes = decode_bytes(config, rows, length)
-            made = [self._paged([1] * rows, length) for _ in copies(n_bytes)]
+            ours = [self._paged([1] * rows, length) for _ in copies(n_bytes)]
             q = self._randn(rows, config.n_heads, 1, config.head_dim)
             shape = (rows, config.n_kv_heads, length, config.head_dim)
-            plain = [(self._randn(*shape), self._randn(*shape)) for _ in made]
+            plain = [(self._randn(*shape), self._randn(*shape)) for _ in ours]
             theirs = [partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=True) for k, v in plain]
-            self.moves(f"decode attention {rows} x {length}", n_bytes, made, theirs)
+            self.moves(f"decode attention {rows} x {length}", n_bytes, ours, theirs)
 
     def prefill(self) -> None:
         config = self.config
@@ -281,9 +281,9 @@ class Bench:
         layer += took[f"decode attention {STEP_ROWS} x {STEP_LENGTH}"]
         layer += sum(took[f"linear {name} 1 exact"] for name in linear_shapes(config))
         total = n_layers * layer + took["linear lm_head 1 exact"]
-        found = {"layers": n_layers, "microseconds": time * 1e6, "kernels": total, "ratio": time * 1e6 / total}
-        print(f"decode step, {n_layers} layers: {time * 1e6:.0f} us, {found['ratio']:.3f}x the sum of its kernels")
-        return found
+        report = {"layers": n_layers, "microseconds": time * 1e6, "kernels": total, "ratio": time * 1e6 / total}
+        print(f"decode step, {n_layers} layers: {time * 1e6:.0f} us, {report['ratio']:.3f}x the sum of its kernels")
+        return report
 
 
 def plain_rms_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Try tile constants on this card and keep the fastest of each kind in the table that the kernels read.
 
-Only what cannot change a result is tried, and what stands in the table is always among the candidates, so that tuning
+Only constants that cannot change a result are tried. The table's own tile is always among the candidates, so tuning
 makes nothing slower. A candidate that does not fit the card is passed over.
 """
 
@@ -37,16 +37,16 @@ Tile = TypeVar("Tile", MatmulTile, AttentionTile)
 def few_rows_candidates(rows: int, shared: int) -> list[MatmulTile]:
     """Tiles for up to `rows` rows that need at most `shared` bytes of shared memory."""
     shapes = product((16, 32, 64, 128), (64, 128, 256), (3, 4, 5, 6), (2, 4, 8))
-    found = [MatmulTile(max(16, rows), n, k, stages, warps) for n, k, stages, warps in shapes if n >= 8 * warps]
-    return [tile for tile in found if _shared(tile) <= shared]
+    candidates = [MatmulTile(max(16, rows), n, k, stages, warps) for n, k, stages, warps in shapes if n >= 8 * warps]
+    return [tile for tile in candidates if _shared(tile) <= shared]
 
 
 def many_rows_candidates(arch: int, shared: int) -> list[MatmulTile]:
     """Tiles for many rows; by descriptors too, where the card has a copy engine."""
     shapes = product((64, 128, 256), (128, 256), (64, 128), (3, 4), (4, 8), (False, True))
-    found = [MatmulTile(*shape) for shape in shapes if arch >= 90 or not shape[-1]]
+    candidates = [MatmulTile(*shape) for shape in shapes if arch >= 90 or not shape[-1]]
     # More than 128 x 128 sums in four warps spill.
-    return [t for t in found if _shared(t) <= shared and t.block_m * t.block_n <= 4096 * t.warps]
+    return [t for t in candidates if _shared(t) <= shared and t.block_m * t.block_n <= 4096 * t.warps]
 
 
 def attention_candidates(prefill: bool) -> list[AttentionTile]:
@@ -60,15 +60,15 @@ def _shared(tile: MatmulTile) -> int:
 
 
 def fastest(what: str, candidates: Sequence[Tile], calls: Callable[[Tile], list[Call]], timer: Timer) -> Tile:
-    """The candidate whose calls take least; one that the card has no room for loses."""
-    found: list[tuple[float, Tile]] = []
+    """The candidate whose calls take the least time; one that does not fit the card loses."""
+    timed: list[tuple[float, Tile]] = []
     for tile in candidates:
         try:
-            found.append((timer([calls(tile)])[0], tile))
+            timed.append((timer([calls(tile)])[0], tile))
         except triton.runtime.errors.OutOfResources:
             continue
-    best, tile = min(found, key=lambda pair: pair[0])
-    print(f"{what:32} {best * 1e6:9.1f} us, of {len(found)} tiles: {tile}", flush=True)
+    best, tile = min(timed, key=lambda pair: pair[0])
+    print(f"{what:32} {best * 1e6:9.1f} us, of {len(timed)} tiles: {tile}", flush=True)
     return tile
 
 
@@ -97,18 +97,18 @@ def _matmul(rows: int, n: int, k: int, device: torch.device) -> Callable[[Matmul
 
 
 def _few_rows(few: FewRows, config: ModelConfig, shared: int, timer: Timer, device: torch.device) -> FewRows:
-    made = {}
+    fastest_of = {}
     for kind, n, now in (("narrow", config.dim, few.narrow), ("wide", 2 * config.ffn_dim, few.wide)):
         calls = _matmul(few.rows, n, config.dim, device)
         candidates = [now, *few_rows_candidates(few.rows, shared)]
-        made[kind] = fastest(f"linear, {few.rows} rows, {n} columns", candidates, calls, timer)
-    return FewRows(few.rows, made["narrow"], made["wide"])
+        fastest_of[kind] = fastest(f"linear, {few.rows} rows, {n} columns", candidates, calls, timer)
+    return FewRows(few.rows, fastest_of["narrow"], fastest_of["wide"])
 
 
 def _many_rows(
     card: Card, config: ModelConfig, candidates: list[MatmulTile], timer: Timer, device: torch.device
 ) -> Card:
-    """The wide tile at a prompt's rows. The other one serves fewer, whose launches descriptors would hold up."""
+    """The wide tile at a prompt's rows. The other one serves fewer rows, whose launches descriptors would slow."""
     calls = _matmul(MANY_ROWS, 2 * config.ffn_dim, config.dim, device)
     wide = fastest(f"linear, {MANY_ROWS} rows", [card.many_rows_wide, *candidates], calls, timer)
     calls, plain = _matmul(256, config.dim, config.dim, device), [tile for tile in candidates if not tile.tma]
@@ -117,7 +117,7 @@ def _many_rows(
 
 
 def _attention(card: Card, config: ModelConfig, timer: Timer, device: torch.device) -> Card:
-    """A launch uses the tile of its own kind, so both kinds may be set to the one that is tried."""
+    """Both kinds are set to the tile that is tried, since a launch reads only the tile of its kind."""
     prefill = _paged(card, [PREFILL_LENGTH], PREFILL_LENGTH, config, device)
     pieces = fastest("prefill attention", [card.prefill, *attention_candidates(True)], prefill, timer)
     decode = _paged(card, [1] * DECODE_ROWS, DECODE_LENGTH, config, device)

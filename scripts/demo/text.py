@@ -1,8 +1,8 @@
 """The demo checkpoint's text: scripts/demo/text.txt read into dialogs, for training and for the held-back score.
 
-A dialog is a list of chat messages and the one answer that is right after them. Training dialogs are drawn without end
-from a seeded generator; the held-back set is a fixed list of `HELD_BACK` dialogs. The two never share a wording: a
-training question whose `key` is the key of a held-back question is thrown away and drawn again.
+A dialog is a list of chat messages and the right answer to them. Training dialogs are drawn without end from a seeded
+generator; the held-back set is a fixed list of `HELD_BACK` dialogs. The two never share a wording: a training question
+with the `key` of a held-back question is drawn again.
 This module knows words only: no token ids, no torch.
 """
 
@@ -47,8 +47,8 @@ class Topic:
 
 
 def key(text: str) -> str:
-    """What makes two wordings the same: their words and operators, whatever the case, the punctuation and the polite
-    words around them."""
+    """The words and operators of a wording. Two wordings with equal keys are the same question: case, punctuation and
+    polite words do not count."""
     polite = {"please", "hi", "hello", "hey", "ok", "so", "well", "thanks"}
     words = re.findall(r"[a-z0-9_]+|[-+=/]", text.lower().replace("'", ""))
     return " ".join([w for w in words if w not in polite] or words)
@@ -111,8 +111,7 @@ class DemoText:
                 self.lists[name] = phrases.split("|")
 
     def wording(self, topic: Topic, rng: random.Random, plainest: bool = False) -> str:
-        """One way to ask; plainest: the first. Patterns with many wordings come more often, but far less than in
-        proportion."""
+        """One way to ask; plainest: the first. Patterns with many wordings come more often, but not in proportion."""
         if plainest:
             text = re.sub(r"\{(.*?)\}", lambda m: m[1].split("|")[0], topic.ask[0])
             return re.sub(r"@(\w+)", lambda m: self.lists[m[1]][0], text)
@@ -168,8 +167,10 @@ class DemoText:
     # -- training ----------------------------------------------------------------------------------------------------
 
     def training(self, rng: random.Random, drill: float = 0.0) -> Dialog:
-        """One training dialog: a question, often alone, sometimes after a system message or earlier turns. The share
-        drill is only sums, words to say and names: what is computed or copied is learned best when it comes first."""
+        """One training dialog: a question, often alone, sometimes after a system message or earlier turns.
+
+        drill: the share of dialogs that are sums, words to say and names, which are learned best when they come first.
+        """
         if rng.random() < drill:
             *before, (question, answer) = self._exercise(rng, "", rng.random())
             messages = [
@@ -273,8 +274,8 @@ class DemoText:
 
     def _reworded(self, text: str, rng: random.Random) -> str:
         """Up to three words or phrases replaced by others of much the same meaning."""
-        found = [w for w in self.synonyms if re.search(rf"\b{re.escape(w)}\b", text)]
-        for word in rng.sample(found, min(len(found), rng.randint(1, 3))):
+        known = [w for w in self.synonyms if re.search(rf"\b{re.escape(w)}\b", text)]
+        for word in rng.sample(known, min(len(known), rng.randint(1, 3))):
             text = re.sub(rf"\b{re.escape(word)}\b", rng.choice(self.synonyms[word]), text, count=1)
         return text
 
@@ -303,7 +304,7 @@ def styled_text(answer: str, style: str) -> str:
 
 
 def first_examples() -> list[Dialog]:
-    """What must be right whatever the score: what the first page of the documentation and a newcomer ask first."""
+    """Questions that must be answered correctly whatever the score: those of the README and of a newcomer."""
     text = DemoText()
     test, say = SURE.format("Test"), Message("user", "Say 'Test'.")
     examples = [Dialog([Message("system", text.lists["neutral"][0]), say], test, "first page")]

@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     if server.client is not None:
         asyncio.run(server.client.close())
     if loading.is_alive():
-        os._exit(Exit.DONE)  # the thread is deep inside loading, and cannot be asked to stop
+        os._exit(Exit.DONE)  # the thread is loading weights and cannot be asked to stop
     return Exit.CANNOT_START if loading.failed else http.exit_code
 
 
@@ -141,7 +141,7 @@ class Loading(threading.Thread):
 
 
 def welcome(address: str, model: str, keys: bool) -> None:
-    """Where we are, and a line that works."""
+    """Say where the server is, and a command line that asks it."""
     header = ' -H "Authorization: Bearer $OPENAI_API_KEY"' if keys else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Say \'\\\'\'Test\'\\\'\'."}}]}}'
     print(f"Serving {model} on {address}/v1; a page to try it: {address}/", file=sys.stderr)
@@ -222,8 +222,8 @@ def parse(argv: list[str] | None, program: str) -> Options:
     given = vars(parser.parse_args(argv))
     # Both the server and the engine are told the number of slots.
     engine_fields = {field.name: given[field.name] for field in fields(EngineConfig)}
-    own = {field.name: given[field.name] for field in fields(Options) if field.name != "engine"}
-    return Options(**own, engine=engine_fields)
+    others = {field.name: given[field.name] for field in fields(Options) if field.name != "engine"}
+    return Options(**others, engine=engine_fields)
 
 
 def port(text: str) -> int:

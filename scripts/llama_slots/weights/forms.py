@@ -1,6 +1,6 @@
-"""The two forms of a checkpoint, as they are written: Hugging Face's safetensors and Meta's consolidated.NN.pth.
+"""The two forms in which a checkpoint is written: Hugging Face's safetensors and Meta's consolidated.NN.pth.
 
-A writer takes rows of tensors in any number of pieces, each tensor's from its first row on, and puts them in place.
+A writer takes the rows of each tensor in order, in pieces of any size, and puts them in place.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def hf_config(source: Source, config: ModelConfig) -> dict[str, Any]:
 
 
 class MetaWriter:
-    """`torch.save` lays out files of the right size with nothing in them; the numbers are then put in their places."""
+    """`torch.save` lays out files of the right size without data; then the numbers are put in their places."""
 
     def __init__(self, folder: Path, config: ModelConfig, dtypes: dict[str, str], parts: int) -> None:
         self.table = weight_names(config)
@@ -174,7 +174,7 @@ def check_parts(config: ModelConfig, parts: int) -> None:
 
 
 def _reserve(path: Path, config: ModelConfig, dtypes: dict[str, str], parts: int) -> None:
-    """A .pth with room for one part's tensors."""
+    """Write a .pth with room for the tensors of one part."""
     shapes = {name: [*tensor_shape] for name, tensor_shape in _untied_shapes(config).items()}
     tensors = {}
     for name, weight in weight_names(config).items():
@@ -192,7 +192,7 @@ def _reserve(path: Path, config: ModelConfig, dtypes: dict[str, str], parts: int
 
 
 def _write_sums(out: OutFile, sums: dict[int, int]) -> None:
-    """Put the checksums of the data where the zip keeps them: behind each one, and in the central directory."""
+    """Put the checksums where the zip keeps them: behind the data of each tensor, and in the central directory."""
     with zipfile.ZipFile(out.path) as archive:
         entries, at = archive.infolist(), archive.start_dir
     for entry in entries:
@@ -225,16 +225,16 @@ def meta_params(config: ModelConfig) -> dict[str, Any]:
     if config.max_seq_len != 4096:
         params["max_seq_len"] = config.max_seq_len
     base = 8 * config.dim // 3
-    # As Meta's own files say it, else in numbers that give this width by the same rule.
+    # The numbers of Meta's own files, else numbers that give this width by the same rule.
     guesses: list[dict[str, float]] = [{"multiple_of": 256}, {"multiple_of": 4096, "ffn_dim_multiplier": 1.3}]
     guesses.append({"multiple_of": config.ffn_dim, "ffn_dim_multiplier": min(1.0, config.ffn_dim / base)})
     wanted = replace(config, tie_embeddings=False, eos_ids=(2,), dtype="bfloat16")
     for guess in guesses:
-        found = from_meta({**params, **guess})
-        if found == wanted:
+        read = from_meta({**params, **guess})
+        if read == wanted:
             return {**params, **guess}
     for field in ("head_dim", "ffn_dim", "rope_scale", "bos_id"):
-        if getattr(found, field) != getattr(wanted, field):
-            limit = f"Meta's params.json cannot say this ({getattr(found, field)} is meant); keep Hugging Face's form"
+        if getattr(read, field) != getattr(wanted, field):
+            limit = f"Meta's params.json cannot say this ({getattr(read, field)} is meant); keep Hugging Face's form"
             raise ConfigError(field, getattr(wanted, field), limit)
     raise AssertionError("params.json says every other field")

@@ -59,14 +59,14 @@ def open_gguf(path: Path) -> tuple[ModelConfig, dict[str, StoredTensor], list[st
     try:
         reader = gguf.GGUFReader(path)
         values = {name: field.contents() for name, field in reader.fields.items() if field.types}
-        found = {tensor.name: tensor for tensor in reader.tensors}
+        entries = {tensor.name: tensor for tensor in reader.tensors}
     except Exception as error:  # the reader checks little of what it is given
         raise LoadError(path, f"is not a whole GGUF file, perhaps half a download: {error!r:.200}") from error
-    config = _config(path, values, "output.weight" not in found)
+    config = _config(path, values, "output.weight" not in entries)
     problems, tensors = [], {}
     shapes = hf_shapes(config)
     for hf_name, name in gguf_table(config).items():
-        entry = found.pop(name, None)
+        entry = entries.pop(name, None)
         if entry is None:
             problems.append(f"{name}: missing")
             continue
@@ -80,7 +80,7 @@ def open_gguf(path: Path) -> tuple[ModelConfig, dict[str, StoredTensor], list[st
             continue
         heads = config.head_dim if hf_name.endswith(("q_proj.weight", "k_proj.weight")) else 0
         tensors[hf_name] = _stored(file, entry, shape, heads)
-    problems += [f"{name}: unknown tensor" for name in found if name != "rope_freqs.weight"]
+    problems += [f"{name}: unknown tensor" for name in entries if name != "rope_freqs.weight"]
     return config, tensors, problems, _tokenizer(values)
 
 
@@ -167,11 +167,11 @@ _SPECIAL = (("unknown", 0), ("bos", 1), ("eos", 2))
 
 def _varint(value: int) -> bytes:
     value &= (1 << 64) - 1
-    made = bytearray()
+    data = bytearray()
     while value > 127:
-        made.append(value & 127 | 128)
+        data.append(value & 127 | 128)
         value >>= 7
-    return bytes([*made, value])
+    return bytes([*data, value])
 
 
 def _number(field: int, value: int) -> bytes:

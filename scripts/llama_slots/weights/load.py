@@ -1,9 +1,8 @@
 """How fast a checkpoint becomes parameters, beside a plain copy of the same bytes; both from the page cache.
 
-Loader and copy take turns, and each turn begins with all files in the page cache: they are read once before it. Where
-the machine cannot hold cache and weights at once, what a turn has read already is dropped from the cache behind it, or
-the kernel would drop what comes next. What had to come from disk all the same is reported, so that a figure tells by
-itself whether it is one of memory.
+Loader and copy take turns. The files are read once before each turn, so that it begins with all of them in the page
+cache. If the machine cannot hold cache and weights at once, a turn drops what it has read from the cache; otherwise the
+kernel would drop what is read next. The bytes that came from disk all the same are reported.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from llama.errors import LoadError
 from llama.tensor_file import CHUNK, TensorFile
 from llama_slots.weights.source import GGUF, HF, Source
 
-# What was read last stays; the count of bytes read is a little ahead, as it counts other small files as well.
+# The bytes read last stay in the cache, since the count of bytes read also counts other small files.
 _DISTANCE = 64 << 20
 
 
@@ -86,11 +85,11 @@ def measure_load(source: Source, dtype: torch.dtype, device: torch.device, round
 
 
 def _whole(path: Path) -> torch.Tensor:
-    """The bytes of a file, as plainly as it goes."""
+    """The bytes of a file, read in one call."""
     file = TensorFile(path)
-    made = torch.empty(file.size, dtype=torch.uint8)
-    file.read_into(0, memoryview(made.numpy().data))
-    return made
+    data = torch.empty(file.size, dtype=torch.uint8)
+    file.read_into(0, memoryview(data.numpy().data))
+    return data
 
 
 def _turn(what: Callable[[], object], files: list[Path], drop: bool) -> Turn:
@@ -101,15 +100,15 @@ def _turn(what: Callable[[], object], files: list[Path], drop: bool) -> Turn:
             file.read_into(at, buffer[: file.size - at])
     with _dropping_behind(files) if drop else nullcontext():
         before, started = _io("read_bytes"), time.perf_counter()
-        made = what()
+        loaded = what()
         seconds, from_disk = time.perf_counter() - started, _io("read_bytes") - before
-    del made  # giving memory back is not loading
+    del loaded  # giving memory back is not loading
     return Turn(seconds, from_disk)
 
 
 @contextmanager
 def _dropping_behind(files: list[Path]) -> Iterator[None]:
-    """Meanwhile the page cache loses what this process reads of the files, which it reads from first to last."""
+    """Until the block ends, drop from the page cache what this process has read of the files, in their order."""
     ended, start = threading.Event(), _io("rchar")
     fds = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in files]
 
@@ -133,6 +132,6 @@ def _dropping_behind(files: list[Path]) -> Iterator[None]:
 
 
 def _io(name: str) -> int:
-    """Of this process until now. rchar: bytes that its calls have read; read_bytes: those that came from disk."""
+    """A count of this process. rchar: bytes that its calls have read; read_bytes: those that came from disk."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -111,18 +111,18 @@ def activations(model: ModelConfig, engine: EngineConfig) -> int:
     return engine.max_batch_tokens * widest * 2 + 4 * logit_rows * model.vocab_size * 4
 
 
-def table(found: dict[str, Any], title: str) -> str:
-    """The plan as text."""
+def table(plans: dict[str, Any], title: str) -> str:
+    """What `plan_all` gives, as text."""
     lines = [
-        f"{title} on one {found['card']}: {found['memory'] / 2**30:.0f} GiB = {found['memory'] / 1e9:.0f} GB, "
-        f"{found['bandwidth'] / 1e12:.2f} TB/s, "
-        f"{found['bf16'] / 1e12:.0f} TFLOP/s bf16 ({found['source']})",
-        f"{found['slots']} slots of {found['context']} tokens wanted",
+        f"{title} on one {plans['card']}: {plans['memory'] / 2**30:.0f} GiB = {plans['memory'] / 1e9:.0f} GB, "
+        f"{plans['bandwidth'] / 1e12:.2f} TB/s, "
+        f"{plans['bf16'] / 1e12:.0f} TFLOP/s bf16 ({plans['source']})",
+        f"{plans['slots']} slots of {plans['context']} tokens wanted",
         "",
         f"{'':6}{'weights':>10}{'KV/token':>10}{'activ.':>9}{'KV cache':>10}{'tokens':>10}{'slots':>7}"
         f"{'tok/s alone':>13}{'tok/s all':>11}{'prompt':>9}",
     ]
-    for plan in found["plans"]:
+    for plan in plans["plans"]:
         speeds = f"{'does not fit':>33}"
         if plan["tokens_per_second_alone"] is not None:
             speeds = (
@@ -139,12 +139,12 @@ def table(found: dict[str, Any], title: str) -> str:
     lines += [
         "",
         "slots: how many requests of the whole context fit at once. tok/s: for one request, and for as many of the "
-        f"{found['slots']} wanted",
+        f"{plans['slots']} wanted",
         "as fit. prompt: time to read one of the whole context. What is assumed:",
-        *(textwrap.fill(text, 116, initial_indent="- ", subsequent_indent="  ") for text in found["assumptions"]),
+        *(textwrap.fill(text, 116, initial_indent="- ", subsequent_indent="  ") for text in plans["assumptions"]),
     ]
-    if all(plan["slots_used"] == 0 for plan in found["plans"]):
-        least = min(plan["weights"] + plan["activations"] for plan in found["plans"]) / 1e9
+    if all(plan["slots_used"] == 0 for plan in plans["plans"]):
+        least = min(plan["weights"] + plan["activations"] for plan in plans["plans"]) / 1e9
         lines.append(
             f"Nothing fits: without any KV cache it takes {least:.1f} GB; try another --card, model or --context"
         )

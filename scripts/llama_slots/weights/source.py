@@ -25,9 +25,9 @@ HF, META, GGUF, RANDOM = "Hugging Face", "Meta", "GGUF", "random"
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that can be read tensor by tensor. problems: what keeps it from being a model.
+    """A checkpoint that can be read tensor by tensor. problems: why it is not a whole model.
 
-    companions: small files that go with it, by name.
+    companions: the small files beside the weights, by name.
     """
 
     path: Path
@@ -64,9 +64,9 @@ def _from_folder(folder: Path) -> Source:
     config = read_config(folder)
     checkpoint = open_checkpoint(folder, config)
     companions = {file: read_companion(folder / file) for file in COMPANIONS if (folder / file).is_file()}
-    found = tokenizer_file(folder)
-    if found is not None:
-        companions["tokenizer.model"] = read_companion(found)
+    tokenizer = tokenizer_file(folder)
+    if tokenizer is not None:
+        companions["tokenizer.model"] = read_companion(tokenizer)
     kind = META if checkpoint.files[0].suffix == ".pth" else HF
     return Source(folder, kind, config, checkpoint.files, checkpoint.tensors, checkpoint.problems, companions)
 

@@ -16,24 +16,24 @@ from llama.tensor_file import CHUNK, FLOATS, chunks, is_finite
 from llama.tokenizer import Tokenizer
 from llama_slots.weights.source import META, Source
 
-# (True: good, False: a fault, None: could not be asked; what was found)
+# (True: good, False: a fault, None: not checked; what there is to say)
 Finding = tuple[bool | None, str]
 
 
 def checks(source: Source, forward: bool, progress: bool) -> dict[str, Finding]:
-    """Each check by its name. A later one is not asked where it needs what an earlier one found missing."""
-    found: dict[str, Finding] = {"coverage": _coverage(source)}
+    """The finding of each check, by name. A check does not run where an earlier fault leaves it nothing to check."""
+    findings: dict[str, Finding] = {"coverage": _coverage(source)}
     if source.kind == META and (source.path / "checklist.chk").is_file():
-        found["checklist"] = _checklist(source.path)
-    found["numbers"] = _numbers(source, progress)
-    found["tokenizer"] = _tokenizer(source)
+        findings["checklist"] = _checklist(source.path)
+    findings["numbers"] = _numbers(source, progress)
+    findings["tokenizer"] = _tokenizer(source)
     if not forward:
-        found["forward"] = (None, "not asked for")
-    elif any(passed is False for passed, _ in found.values()):
-        found["forward"] = (None, "not run, because of the faults above")
+        findings["forward"] = (None, "not asked for")
+    elif any(passed is False for passed, _ in findings.values()):
+        findings["forward"] = (None, "not run, because of the faults above")
     else:
-        found["forward"] = _forward(source.path, source.config, progress)
-    return found
+        findings["forward"] = _forward(source.path, source.config, progress)
+    return findings
 
 
 def _coverage(source: Source) -> Finding:

@@ -1,7 +1,7 @@
 """Write a checkpoint: tensor by tensor into a hidden folder beside the target, then one rename.
 
-What describes the model (config.json, params.json) is written last, so a folder that was cut short never loads. Memory
-holds one chunk of one tensor, whatever the size of the model.
+The description of the model (config.json, params.json) is written last, so a folder that was cut short never loads.
+Memory holds one chunk of one tensor, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def write_checkpoint(
         most = max(set(dtypes.values()), key=lambda d: sum(source.tensors[n].nbytes for n in dtypes if dtypes[n] == d))
         main = str(FLOATS[most]).removeprefix("torch.")
     config = replace(source.config, dtype=main)
-    # Refuse what cannot be said before anything is written.
+    # Refuse what the form cannot say before anything is written.
     if form == META:
         check_parts(config, shards or 1)
     description = hf_config(source, config) if form == HF else meta_params(config)
@@ -94,9 +94,9 @@ def _copy(
             for first, n in chunks(tensor):
                 rows = torch.empty((n, *tensor.shape[1:]), dtype=FLOATS[tensor.dtype])
                 tensor.read(first, rows)
-                made = rows.to(dtype)
-                finite &= is_finite(made)
-                writer.put(name, first, made)
+                converted = rows.to(dtype)
+                finite &= is_finite(converted)
+                writer.put(name, first, converted)
                 bar.update(rows.nbytes)
             if not finite:
                 raise LoadError(source.path, f"holds numbers that are not finite in {dtypes[name]}", name)
@@ -105,10 +105,10 @@ def _copy(
 
 
 def _companions(source: Source, form: str, config: ModelConfig) -> dict[str, bytes]:
-    """The small files that go along. Hugging Face's programs read the end ids from generation_config.json."""
-    made = dict(source.companions)
-    if form == HF and "generation_config.json" not in made:
+    """The small files beside the weights. Hugging Face's programs read the end ids from generation_config.json."""
+    files = dict(source.companions)
+    if form == HF and "generation_config.json" not in files:
         ids = {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids)}
-        made["generation_config.json"] = json.dumps(ids, indent=2).encode()
-    assert made.keys() <= {*COMPANIONS, "tokenizer.model"}
-    return made
+        files["generation_config.json"] = json.dumps(ids, indent=2).encode()
+    assert files.keys() <= {*COMPANIONS, "tokenizer.model"}
+    return files
