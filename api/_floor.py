@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-_BELOW = {"llama": "kernels", "api": "llama", "llama_slots": "api"}
+_FLOORS = ("kernels", "llama", "api", "llama_slots")
 _MARK = b'__project__ = "llama-slots"'
 
 
@@ -32,4 +32,4 @@ def check_floor(package: str) -> None:
     )
 
 
-check_floor(_BELOW[__package__])
+check_floor(_FLOORS[_FLOORS.index(__package__) - 1])

@@ -155,6 +155,7 @@ def told(endpoint: Endpoint, whole: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_stream_equals_whole_for_10000_random_answers(tiny_tokenizer: Tokenizer) -> None:
     rng = random.Random(4)
     bench = Bench(tiny_tokenizer)

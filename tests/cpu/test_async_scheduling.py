@@ -215,6 +215,7 @@ def until_it_failed(run: Run) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_one_step_ahead_gives_the_same_answers(model: Transformer) -> None:
     vain = preempted = hits = failed = 0
     reasons = set()

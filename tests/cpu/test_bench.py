@@ -124,6 +124,7 @@ def test_the_work_of_serving_is_that_of_its_prompts_and_steps() -> None:
     assert whole.flops == pytest.approx(100 * step.flops + prompt.flops - head)
 
 
+@pytest.mark.slow
 def test_the_last_line_is_json() -> None:
     command = [sys.executable, str(SCRIPTS / "bench.py"), "overhead", "--rounds", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -164,6 +165,7 @@ def make_none() -> list[Doubling]:
     raise RuntimeError("no such engine")
 
 
+@pytest.mark.slow
 def test_a_side_in_another_process() -> None:
     with RemoteSides(make_two) as (first, second):
         assert (first.name, second.decode([1], 21), first.tokens([5], 2)) == ("doubling", 42.0, [5, 5])

@@ -55,6 +55,7 @@ def test_a_card_has_every_goal_in_its_plan() -> None:
     assert {"slots-7B", "idle-7B", "compare-7B"} <= {command.name for command in PLANS["cuda"]}
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_a_failure_and_keeps_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PLANS, "cpu", (WRONG, OVERHEAD))
     out = tmp_path / "found.md"
@@ -135,6 +136,7 @@ MISSING = (
 )
 
 
+@pytest.mark.slow
 def test_on_a_bare_machine_every_subject_but_serve_starts() -> None:
     """Torch and what the engine itself needs are there; no HTTP, no pictures, no peers."""
     subjects = [name for name in bench.SUBJECTS if name != "serve"]
@@ -142,6 +144,7 @@ def test_on_a_bare_machine_every_subject_but_serve_starts() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_what_serve_lacks_is_said() -> None:
     done = on_a_bare_machine("bench.main(['serve'])")
     assert done.returncode == 1

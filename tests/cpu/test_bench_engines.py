@@ -69,6 +69,7 @@ def test_both_need_a_card(monkeypatch: pytest.MonkeyPatch, checkout: Path) -> No
     assert bench_engines.vllm_missing("cpu") == "is measured on CUDA only"
 
 
+@pytest.mark.slow
 def test_compare_prints_no_number_for_what_did_not_run(
     monkeypatch: pytest.MonkeyPatch, checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

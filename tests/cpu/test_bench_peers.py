@@ -94,6 +94,7 @@ def copying(folder: Path, wrong: int | None = None) -> Peer:
     return Peer("copy", None, start)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [None, *CHECKED_PROMPTS])
 def test_a_peer_with_another_token_after_any_of_the_prompts_is_refused(wrong: int | None) -> None:
     tiny = model()
@@ -124,6 +125,7 @@ def test_llama_cpp_is_measured_on_the_cpu_only(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_compare_names_versions_ways_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     def right(model: BenchModel, folder: Path, *_: object) -> Peer:
         return copying(folder)
@@ -146,6 +148,7 @@ def test_compare_names_versions_ways_and_refusals(monkeypatch: pytest.MonkeyPatc
     assert "batch32" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peers, reason", [("--peers", "is not installed"), ("--no-peers", "left out (--no-peers)")])
 def test_latency_and_offline_say_why_there_is_no_ratio(peers: str, reason: str) -> None:
     words = ["--tokens", "3", "--prompt-tokens", "4", "--ttft", "8"]
@@ -156,6 +159,7 @@ def test_latency_and_offline_say_why_there_is_no_ratio(peers: str, reason: str) 
     assert (found["ratios"], found["refused"]) == ({}, {"transformers": reason})
 
 
+@pytest.mark.slow
 def test_latency_reports_no_share_of_what_varied_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = iter(range(1, 1000))
     monkeypatch.setattr(bench_latency, "RemoteSides", lambda *_: nullcontext([Drifting(rates)]))
@@ -181,6 +185,7 @@ class Drifting:
         return float(next(self.rates))
 
 
+@pytest.mark.slow
 def test_throughput_refuses_what_varied_and_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = iter(range(1, 1000))
     monkeypatch.setattr(bench_throughput, "Ours", lambda engine: Drifting(rates))
@@ -215,6 +220,7 @@ def test_no_share_and_no_picture_where_the_ceilings_moved(
             assert found["128/128"]["share"] is None and found["128/128"]["output_tok_s"] > 0
 
 
+@pytest.mark.slow
 def test_a_peer_that_does_one_thing_is_not_asked_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
     def right(model: BenchModel, folder: Path, *_: object) -> Peer:
         return replace(copying(folder), only=["decode"])
@@ -295,6 +301,7 @@ def test_llama_cpp_begins_a_sequence_where_another_has_ended(cache: int, tmp_pat
     assert made == expected
 
 
+@pytest.mark.slow
 def test_as_many_requests_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_throughput, "MOST_REQUESTS", 5)
     args = arguments(bench_throughput, "--requests", "fit", "--shapes", "128/128", "--scale", "0.1")

@@ -52,6 +52,7 @@ def test_a_place_for_no_picture(name: str, reason: str, tmp_path: Path, monkeypa
         roofline_plot.plot_file(str(tmp_path / name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subject", ["latency", "throughput", "compare"])
 def test_without_matplotlib_nothing_is_measured(subject: str, tmp_path: Path) -> None:
     """The command ends at once, with the package's name; without --plot it would not have needed it."""

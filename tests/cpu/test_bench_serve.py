@@ -143,6 +143,7 @@ def test_percentiles_are_ranks_in_milliseconds() -> None:
     assert load.percentiles([], 50) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "keys"), [("overhead", {"step_0_ms"}), ("refusals", {"answer_s"}), ("load", {"trace"})]
 )

@@ -106,6 +106,7 @@ def check(pair: Both, work: Work) -> None:
     torch.testing.assert_close(pair.compiled.whole, pair.plain.whole, atol=1e-5, rtol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(work=works)
 def test_any_plan_is_the_plain_path(work: Work) -> None:
@@ -118,6 +119,7 @@ def test_any_plan_is_the_plain_path(work: Work) -> None:
 TWELVE = ModelConfig(96, 1, 12, 12, 8, 172, 300, max_seq_len=256)  # heads that do not fill vector registers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, size",
     [
@@ -164,6 +166,7 @@ def test_nan_stays_with_its_sequence() -> None:
     assert found[0].isnan().all() and torch.equal(found[1:], expected[1:])
 
 
+@pytest.mark.slow
 def test_16_bits_are_rounded_no_more_than_on_the_plain_path() -> None:
     """Against the same weights in fp32."""
     parameters = random_parameters(WIDE, torch.bfloat16, CPU)

@@ -52,10 +52,12 @@ def assert_equal(plain: list[Completion], compiled: list[Completion]) -> None:
         assert gap < 1e-4
 
 
+@pytest.mark.slow
 def test_the_same_tokens_as_the_plain_path() -> None:
     assert_equal(answers(GROUPED, PROMPTS), answers(GROUPED, PROMPTS, compile=True))
 
 
+@pytest.mark.slow
 def test_shared_models(shared_file: Callable[[str], Path]) -> None:
     model = shared_file("models/stories260K-hf")  # tied embeddings
     assert_equal(answers(model, [[1]]), answers(model, [[1]], compile=True))
@@ -78,6 +80,7 @@ def last_token(token_ids: list[int], table: list[int]) -> Step:
     return Step.of(Plan([seq], [len(token_ids) - 1], [1], [True]), BlockTables(), 16, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [GROUPED, replace(GROUPED, n_layers=8)], ids=["one call", "two calls"])
 @torch.inference_mode()
 def test_blocks_in_any_order_and_any_length(config: ModelConfig) -> None:
@@ -100,6 +103,7 @@ def test_blocks_in_any_order_and_any_length(config: ModelConfig) -> None:
             torch.testing.assert_close(other, plain, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [GROUPED, replace(GROUPED, n_layers=5, tie_embeddings=True)])
 def test_requests_do_not_wait_for_a_compiler(model: ModelConfig) -> None:
     """All that is compiled is compiled before the engine is there, whatever the lengths and wherever the blocks lie."""
@@ -184,6 +188,7 @@ def test_large_pages_are_what_the_system_may_give() -> None:
     assert eligible == "1"
 
 
+@pytest.mark.slow
 def test_bf16_weights_are_rounded_no_more_than_on_the_plain_path() -> None:
     """Against the same weights in fp32: one-row steps keep fp32 between the multiplications."""
     parameters = random_parameters(GROUPED, torch.bfloat16, torch.device("cpu"))

@@ -115,6 +115,7 @@ def test_nothing_is_allocated_for_what_cannot_fit(free_memory: Callable[[int], N
     assert resident() - before < 100 << 20
 
 
+@pytest.mark.slow
 @needs_proc
 def test_seven_b_of_two_layers_in_bf16() -> None:
     """A real width on the CPU: 0.67 B random parameters. The plan is reported while nothing is allocated yet."""

@@ -134,6 +134,7 @@ def test_a_client_that_goes_is_noticed(
     assert took < 0.25 + 0.1  # the second figure for a busy machine
 
 
+@pytest.mark.slow
 def test_many_that_go_leave_nothing(client: api.AsyncClient, served: Serving, slow: Script) -> None:
     """Disconnects at all stages, all ways, several at a time, beside a client that stays."""
     rng, count = random.Random(7), 1000 if LONG_FORM else 120
@@ -552,6 +553,7 @@ def test_soak(client: api.AsyncClient, served: Serving) -> None:
     print(f"an answer took p50 {p50:.1f} ms, p99 {p99:.1f} ms")
 
 
+@pytest.mark.slow
 def test_soak_of_stock_clients(crowded: tuple[api.AsyncClient, Serving]) -> None:
     """The same with sixty openai clients on thirty slots, each with its next request as soon as the last one has its
     end; they come back when they are told to, ten times at most."""
