@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import api
+import kernels
 from llama.loop import EngineLoop
 from llama.runner import Runner
 
@@ -20,8 +21,11 @@ PACKAGES = ("kernels", "llama", "api")
 
 
 def module_of(frame: FrameType) -> str | None:
-    """Dotted name of the project's module that the frame runs."""
-    name: str = frame.f_globals.get("__name__", "")
+    """Dotted name of the project's module whose lines the frame runs; code that dataclasses make has no lines."""
+    path = Path(frame.f_code.co_filename)
+    if not path.is_relative_to(ROOT):
+        return None
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     return name if name.split(".")[0] in PACKAGES else None
 
 
@@ -36,7 +40,7 @@ class Profile:
         if event != "call" or (module := module_of(frame)) is None:
             return
         self.modules.add(module)
-        if module == "kernels":
+        if module == "kernels" and frame.f_code.co_name in kernels.__all__:
             calls = [frame.f_code.co_qualname]
             caller = frame.f_back
             while caller is not None and calls[0] != "EngineLoop.step":
@@ -71,9 +75,9 @@ def profile() -> Profile:
 
 
 def test_a_chat_request_touches_few_modules(profile: Profile) -> None:
-    touched = sorted(name for name in profile.modules if name.startswith("llama."))
-    assert {"llama.loop", "llama.scheduler", "llama.model"} <= set(touched), "the engine thread was not watched"
-    assert len(touched) <= 16, touched
+    touched = sorted(profile.modules)
+    assert {"llama.loop", "llama.scheduler", "llama.model"} <= profile.modules, "the engine thread was not watched"
+    assert len(touched) <= 24, touched
 
 
 def test_an_operation_is_at_most_seven_frames_below_the_step(profile: Profile) -> None:
