@@ -49,8 +49,8 @@ class BlockTables:
         """A copy of these sequences' rows: [len(seqs), longest table] int32, 0 past a table's end."""
         rows, longest = [], 0
         for seq in seqs:
-            row, table, n_blocks = self._rows.get(seq) or (-1, [], 0)
-            if row < 0 or table is not seq.block_table or n_blocks != len(table):
+            row, held, n_blocks = self._rows.get(seq) or (0, None, 0)
+            if held is not seq.block_table or n_blocks != len(seq.block_table):
                 row, n_blocks = self._write(seq)
             rows.append(row)
             longest = max(longest, n_blocks)
