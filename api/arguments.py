@@ -38,7 +38,7 @@ from api.checks import (
 from api.errors import BadRequestError, bad_value
 from llama.config import Limits
 from llama.errors import InvalidRequest
-from llama.request import SamplingParams
+from llama.request import RANGES, SamplingParams
 
 ENDPOINTS: tuple[Endpoint, ...] = ("chat", "completions")
 SAFE_NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
@@ -99,6 +99,7 @@ IGNORED, REFUSED = Action.IGNORED, Action.REFUSED
 RANGE = "{minimum} to {maximum}"
 # Zero tokens make sense where the prompt is echoed and scored.
 MAX_TOKENS = ByEndpoint(chat=Integer(1, MAX_INTEGER), completions=Integer(0, MAX_INTEGER))
+REPETITION = Number(*RANGES["repetition_penalty"], above=True)
 LOGPROBS = ByEndpoint(chat=BOOLEAN, completions=Integer(0, "completion_logprobs"))
 NO_FORCED_TOOLS = Only(("none", "auto"), "Tools cannot be required: this model makes no tool calls.", or_nothing=False)
 NO_INFILLING = Only((), "'suffix' is not supported by this model.")
@@ -110,14 +111,14 @@ OPENAI: tuple[Row, ...] = (
     Row("prompt", COMPLETIONS, "required", Prompts(), "text, ids, or a list of either"),
     Row("max_tokens", BOTH, "chat: rest of the context; completions: 16", MAX_TOKENS, "cut to the context"),
     Row("max_completion_tokens", CHAT, "none", MAX_TOKENS, "the same; both given must be equal"),
-    Row("temperature", BOTH, "1", Number(0, 2), f"{RANGE}; below 0.0001 is greedy"),
-    Row("top_p", BOTH, "1", Number(0, 1), f"{RANGE}; the token that crosses it stays in"),
+    Row("temperature", BOTH, "1", Number(*RANGES["temperature"]), f"{RANGE}; below 0.0001 is greedy"),
+    Row("top_p", BOTH, "1", Number(*RANGES["top_p"]), f"{RANGE}; the token that crosses it stays in"),
     Row("n", BOTH, "1", Integer(1, "n"), f"{RANGE}; choice j is the same for any n"),
     Row("best_of", COMPLETIONS, "n", Integer(1, "n"), "n to {maximum}, by mean logprob; not with stream"),
     Row("seed", BOTH, "fresh", Integer(-(1 << 63), (1 << 63) - 1), "64 bits; decides every draw"),
     Row("stop", BOTH, "none", StopStrings(), "up to {maxItems} strings of {minLength} to {maxLength} characters"),
-    Row("presence_penalty", BOTH, "0", Number(-2, 2), f"{RANGE}, on generated tokens"),
-    Row("frequency_penalty", BOTH, "0", Number(-2, 2), f"{RANGE}, on generated tokens"),
+    Row("presence_penalty", BOTH, "0", Number(*RANGES["presence_penalty"]), f"{RANGE}, on generated tokens"),
+    Row("frequency_penalty", BOTH, "0", Number(*RANGES["frequency_penalty"]), f"{RANGE}, on generated tokens"),
     Row("logit_bias", BOTH, "none", Biases(), "token id to {minimum}..{maximum}, up to {maxProperties:,} of them"),
     Row("logprobs", BOTH, "chat: false; completions: none", LOGPROBS, f"chat: boolean; completions: {RANGE}"),
     Row("top_logprobs", CHAT, "0", Integer(0, "logprobs"), f"{RANGE}; needs logprobs"),
@@ -150,8 +151,14 @@ OPENAI: tuple[Row, ...] = (
 
 EXTENSIONS: tuple[Row, ...] = (
     Row("top_k", BOTH, "-1", Integer(-1, MAX_INTEGER), "-1 or 0: off; else only the k best"),
-    Row("min_p", BOTH, "0", Number(0, 1), f"{RANGE}, relative to the best token"),
-    Row("repetition_penalty", BOTH, "1", Number(0, 10, above=True), "up to {maximum}, on prompt and generated tokens"),
+    Row("min_p", BOTH, "0", Number(*RANGES["min_p"]), f"{RANGE}, relative to the best token"),
+    Row(
+        "repetition_penalty",
+        BOTH,
+        "1",
+        Number(*RANGES["repetition_penalty"], above=True),
+        "up to {maximum}, on prompt and generated tokens",
+    ),
     Row("ignore_eos", BOTH, "false", BOOLEAN, "EOS does not end the answer"),
     Row("min_tokens", BOTH, "0", Integer(0, MAX_INTEGER), "until then nothing but max_tokens ends it"),
     Row("stop_token_ids", BOTH, "none", TokenIds(), "up to {maxItems} ids that end it"),

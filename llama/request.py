@@ -13,7 +13,8 @@ from llama.errors import ContextLengthExceeded, InvalidRequest
 # Below this a temperature is greedy: dividing by it would only turn rounding noise into choices.
 GREEDY_BELOW = 1e-4
 
-_RANGES: dict[str, tuple[float, float]] = {
+# Read by the table of arguments in api, too.
+RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 2), "top_p": (0, 1), "min_p": (0, 1), "repetition_penalty": (0, 10),
     "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2),
 }  # fmt: skip
@@ -50,7 +51,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for name, (low, high) in _RANGES.items():
+        for name, (low, high) in RANGES.items():
             _number(name, getattr(self, name), low, high)
         if self.repetition_penalty == 0:
             raise InvalidRequest("repetition_penalty", self.repetition_penalty, "must be above 0")

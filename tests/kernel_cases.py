@@ -12,6 +12,24 @@ from kernels.attention_plan import TritonPlan, plan_triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GUARD = 4096
+# Settings of `kernels.Filters`, those left out being off; all forms of `sample` are tested with each.
+FILTERS: list[dict[str, float]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.5},
+    {"temperature": 2.0},
+    {"temperature": 0.7, "top_k": 40},
+    {"temperature": 1.0, "top_k": 1},
+    {"temperature": 1.0, "top_k": 7},
+    {"temperature": 1.5, "top_k": 100_000},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 0.8, "top_p": 0.3},
+    {"temperature": 1.0, "top_p": 0.0},
+    {"temperature": 1.0, "min_p": 0.1},
+    {"temperature": 2.0, "min_p": 0.02},
+    {"temperature": 1.0, "min_p": 1.0},
+    {"temperature": 0.9, "top_k": 300, "top_p": 0.99},
+    {"temperature": 1.3, "top_k": 20, "top_p": 0.8, "min_p": 0.03},
+]
 
 
 def guarded(tensor: Tensor) -> Tensor:
@@ -31,6 +49,16 @@ def guards_are_nan(tensor: Tensor) -> bool:
 def normal(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
     """Guarded random numbers."""
     return guarded(torch.randn(*shape, device=device).to(dtype))
+
+
+def filtered(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """The distribution [vocab] that one row of `sample` draws from, in float64. Tokens tied with the last one stay."""
+    probs = (logits.double().cpu() / temperature).softmax(-1)
+    ranked = probs.sort(descending=True).values[: top_k if top_k > 0 else None]
+    crossing = int((ranked.cumsum(-1) < top_p * ranked.sum()).sum())
+    floor = max(float(ranked[min(crossing, len(ranked) - 1)]), min_p * float(ranked[0]))
+    kept = torch.where(probs >= floor, probs, 0.0)
+    return kept / kept.sum()
 
 
 def error(out: Tensor, exact: Tensor) -> float:

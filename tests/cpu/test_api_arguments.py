@@ -17,6 +17,7 @@ import api
 from api.arguments import ENDPOINTS, EXTENSIONS, OPENAI, TABLE, Action, Arguments, Row, read
 from api.checks import Context, Endpoint, Integer, Number
 from llama.config import Limits
+from llama.request import RANGES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
@@ -79,14 +80,12 @@ NOT_AN_INTEGER = ["3", [1], True, 1.0, math.nan, HUGE, -HUGE]
 NOT_A_BOOLEAN = [0, 1, "true", [True], 1.0]
 
 BAD: dict[str, list[Any]] = {
+    **{name: [*NOT_A_NUMBER, low - 0.1, high + 0.1] for name, (low, high) in RANGES.items()},
     "max_tokens": [*NOT_AN_INTEGER, 0, -1, 1 << 32],
     "temperature": [*NOT_A_NUMBER, -0.1, 2.1, HUGE, 1e400],
-    "top_p": [*NOT_A_NUMBER, -0.1, 1.01],
     "n": [*NOT_AN_INTEGER, 0, -1, 9, 1 << 31],
     "seed": [*NOT_AN_INTEGER, 1 << 63, -(1 << 63) - 1, 1 << 64],
     "stop": [1, {}, True, "", ["a", ""], ["a"] * 5, [1], "x" * 257, ["\ud800"], [None]],
-    "presence_penalty": [*NOT_A_NUMBER, -2.1, 2.1],
-    "frequency_penalty": [*NOT_A_NUMBER, -2.1, 2.1],
     "logit_bias": [
         *([], "5", 5, True),
         *({"-1": 1}, {str(VOCAB): 1}, {VOCAB: 1}, {"x": 1}, {"1.0": 1}, {"01": 1}, {" 1": 1}, {True: 1}, {"٣": 1}),
@@ -95,7 +94,6 @@ BAD: dict[str, list[Any]] = {
     ],
     "stream": NOT_A_BOOLEAN,
     "top_k": [*NOT_AN_INTEGER, -2, 1 << 32],
-    "min_p": [*NOT_A_NUMBER, -0.1, 1.1],
     "repetition_penalty": [*NOT_A_NUMBER, 0, -1, 10.1],
     "ignore_eos": NOT_A_BOOLEAN,
     "min_tokens": [*NOT_AN_INTEGER, -1, 1 << 32],

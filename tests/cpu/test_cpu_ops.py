@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from kernel_cases import DTYPES, Paged, check, guarded, normal
+from kernel_cases import DTYPES, FILTERS, Paged, check, guarded, normal
 from torch import Tensor
 
 import kernels
@@ -177,15 +177,12 @@ def test_a_plan_for_a_card_is_refused() -> None:
 
 
 @pytest.mark.parametrize("vocab", [50, 256, 257, 3000])  # fewer and more tokens than the top filters look at first
-@pytest.mark.parametrize(
-    "top_k, top_p, min_p",
-    [(0, 1.0, 0.0), (7, 1.0, 0.0), (0, 0.9, 0.0), (300, 0.99, 0.0), (0, 0.3, 0.02), (20, 0.8, 0.1)],
-)
-def test_sample(vocab: int, top_k: int, top_p: float, min_p: float) -> None:
+@pytest.mark.parametrize("settings", FILTERS, ids=str)
+def test_sample(vocab: int, settings: dict[str, float]) -> None:
     logits = torch.randn(40, vocab) * 2
     logits[3, 7], logits[4, 7], logits[5] = float("nan"), float("inf"), -float("inf")
     logits[8:12, 5] = logits[8:12, 30] = 20.0  # equals, among greedy rows and others
-    filters = Filters.alike(40, CPU, 0.8, top_k, top_p, min_p)
+    filters = Filters.alike(40, CPU, **settings)  # type: ignore[arg-type]
     filters.temperature[::4] = 0.0
     u = torch.rand(40)
     tokens = ops.sample(logits, filters, u)

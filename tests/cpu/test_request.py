@@ -11,18 +11,15 @@ from hypothesis import strategies as st
 
 from llama.config import Limits
 from llama.errors import ContextLengthExceeded, InvalidRequest
-from llama.request import Request, SamplingParams, check_request
+from llama.request import RANGES, Request, SamplingParams, check_request
 
 VOCAB, CONTEXT = 100, 32
 NAN, INF = math.nan, math.inf
 
 BAD_VALUES: dict[str, list[Any]] = {
+    **{name: [low - 0.1, high + 0.1, NAN, INF, -INF, True, "0.5", None] for name, (low, high) in RANGES.items()},
     "temperature": [-0.1, 2.1, NAN, INF, -INF, 1e400, True, "1", None, [1]],
-    "top_p": [-0.1, 1.1, NAN, INF, False, "0.5", None],
-    "min_p": [-0.1, 1.1, NAN, True, "0.5", None],
     "top_k": [-2, 1.0, True, "3", NAN, None, 2**31 + 1],
-    "presence_penalty": [-2.1, 2.1, NAN, True, "0", None],
-    "frequency_penalty": [-2.1, 2.1, NAN, True, "0", None],
     "repetition_penalty": [0, -1.0, 10.5, NAN, INF, True, "1", None],
     "max_tokens": [-1, 1.0, True, "3", NAN, 2**31 + 1],
     "min_tokens": [-1, 1.0, True, "3", None, 2**31 + 1],
@@ -202,5 +199,5 @@ def test_any_values_are_taken_or_refused_by_name(fields: dict[str, Any]) -> None
     except InvalidRequest as error:
         assert error.field in {*fields, "prompt"}
         return
-    for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+    for name in RANGES:
         assert math.isfinite(getattr(params, name))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kernel_cases import FILTERS, filtered
 from torch import Tensor
 
 import kernels
@@ -96,45 +97,9 @@ def test_neighbouring_seeds_choices_and_positions_share_nothing() -> None:
 # --- distributions ----------------------------------------------------------------------------------------------
 
 
-def exact_distribution(
-    logits: np.ndarray, temperature: float, top_k: int = -1, top_p: float = 1.0, min_p: float = 0.0
-) -> np.ndarray:
-    """The distribution that is to be drawn from, step by step, in float64. No two logits may be equal."""
-    x = logits.astype(np.float64) / temperature
-    p = np.exp(x - x.max())
-    p /= p.sum()
-    order = np.argsort(-p)
-    if top_k > 0:
-        p[order[top_k:]] = 0
-        p /= p.sum()
-    if top_p < 1:
-        before = np.cumsum(p[order]) - p[order]  # what lies before each token; the crossing one stays
-        p[order[(before >= top_p) & (np.arange(len(p)) > 0)]] = 0
-        p /= p.sum()
-    p[p < min_p * p.max()] = 0
-    return p / p.sum()
-
-
 def chi_square_limit(freedom: int) -> float:
     """The 99.9 % point of chi-square (Wilson and Hilferty 1931)."""
     return freedom * (1 - 2 / (9 * freedom) + 3.09 * math.sqrt(2 / (9 * freedom))) ** 3
-
-
-FILTERS = [
-    {"temperature": 1.0},
-    {"temperature": 0.5},
-    {"temperature": 2.0},
-    {"temperature": 1.0, "top_k": 1},
-    {"temperature": 1.0, "top_k": 7},
-    {"temperature": 1.5, "top_k": 1000},
-    {"temperature": 1.0, "top_p": 0.9},
-    {"temperature": 1.0, "top_p": 0.3},
-    {"temperature": 1.0, "top_p": 0.0},
-    {"temperature": 1.0, "min_p": 0.1},
-    {"temperature": 2.0, "min_p": 0.02},
-    {"temperature": 1.0, "min_p": 1.0},
-    {"temperature": 1.3, "top_k": 20, "top_p": 0.8, "min_p": 0.03},
-]
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
@@ -146,7 +111,7 @@ def test_draws_have_the_exact_distribution(filters: dict[str, float], vocab: int
     seq = sequence([1, 2, 3], **filters)
     seqs = [replace(seq, seed=choice_seed(i, 0)) for i in range(n)]
     tokens, _ = sample(Sampler(CPU), logits.repeat(n, 1), seqs)
-    exact = exact_distribution(logits[0].numpy(), **filters)  # type: ignore[arg-type]
+    exact = filtered(logits[0], **filters).numpy()  # type: ignore[arg-type]
     counts = np.bincount(tokens, minlength=vocab)
     assert counts[exact == 0].sum() == 0
     # Rare tokens are counted together, so that each cell expects at least five draws.

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import DTYPES, Paged, check, guards_are_nan, normal
+from kernel_cases import DTYPES, FILTERS, Paged, check, guards_are_nan, normal
 from torch import Tensor
 
 import kernels
@@ -251,11 +251,11 @@ def test_a_cache_of_more_than_two_to_the_31_numbers() -> None:
 
 
 @pytest.mark.parametrize("vocab", [361, 32000])
-@pytest.mark.parametrize("top_k, top_p, min_p", [(0, 1.0, 0.0), (40, 1.0, 0.0), (0, 0.9, 0.0), (50, 0.95, 0.05)])
-def test_sample(vocab: int, top_k: int, top_p: float, min_p: float) -> None:
+@pytest.mark.parametrize("settings", FILTERS, ids=str)
+def test_sample(vocab: int, settings: dict[str, float]) -> None:
     rows = 64
     logits = cuda_normal(rows, vocab, dtype=torch.float32) * 3
-    filters = Filters.alike(rows, CUDA, 0.8, top_k, top_p, min_p)
+    filters = Filters.alike(rows, CUDA, **settings)  # type: ignore[arg-type]
     filters.temperature[::4] = 0.0
     seeds, positions = torch.arange(rows, device=CUDA), torch.arange(100, 100 + rows, device=CUDA)
     u = kernels.uniform(seeds, positions)

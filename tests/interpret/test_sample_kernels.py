@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import guarded
+from kernel_cases import FILTERS, filtered, guarded
 from torch import Tensor
 
 from kernels import Filters, reference, triton_ops
@@ -23,41 +23,17 @@ def sample(logits: Tensor, filters: Filters, u: Tensor) -> Tensor:
     return triton_ops.sample(logits, Filters(*map(guarded, filters)), guarded(u))
 
 
-def kept_probs(row: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """The filtered distribution of one row in float64, not normed: top-k, then top-p over what it left, and min-p."""
-    probs = (row.double() / temperature).softmax(-1)
-    ranked = probs.sort(descending=True).values[: top_k if top_k > 0 else None]
-    crossing = int((ranked.cumsum(-1) < top_p * ranked.sum()).sum())
-    floor = max(float(ranked[min(crossing, len(ranked) - 1)]), min_p * float(ranked[0]))
-    return torch.where(probs >= floor, probs, 0.0)
-
-
 @pytest.mark.parametrize("vocab", [361, 512, 5000])
-@pytest.mark.parametrize(
-    "temperature, top_k, top_p, min_p",
-    [
-        (1.0, 0, 1.0, 0.0),
-        (0.7, 40, 1.0, 0.0),
-        (1.3, 0, 0.9, 0.0),
-        (1.0, 20, 0.8, 0.0),
-        (1.0, 0, 1.0, 0.1),
-        (0.9, 30, 0.95, 0.05),
-        (1.0, 1, 1.0, 0.0),
-        (1.0, 0, 1e-6, 0.0),
-        (1.0, 100_000, 0.5, 0.0),
-    ],
-)
-def test_tokens_of_the_filtered_distribution(
-    vocab: int, temperature: float, top_k: int, top_p: float, min_p: float
-) -> None:
+@pytest.mark.parametrize("settings", FILTERS, ids=str)
+def test_tokens_of_the_filtered_distribution(vocab: int, settings: dict[str, float]) -> None:
     rows = 12
     logits = guarded(torch.randn(rows, vocab) * 2)
     u = torch.cat((torch.tensor([0.0, 1 - 2.0**-24]), torch.rand(rows - 2)))
-    filters = Filters.alike(rows, CPU, temperature, top_k, top_p, min_p)
+    filters = Filters.alike(rows, CPU, **settings)  # type: ignore[arg-type]
     tokens, twin = sample(logits, filters, u), reference.sample(logits, filters, u)
     for row in range(rows):
-        probs = kept_probs(logits[row], temperature, top_k, top_p, min_p)
-        running = probs.cumsum(-1) / probs.sum()
+        probs = filtered(logits[row], **settings)  # type: ignore[arg-type]
+        running = probs.cumsum(-1)
         token = int(tokens[row])
         assert probs[token] > 0
         before = float(running[token - 1]) if token else 0.0
@@ -92,7 +68,7 @@ def test_ties_at_the_border_of_top_k_and_top_p_all_stay() -> None:
     logits[:, 40] = 2.0
     top_p = torch.tensor([1.0, 0.5, 0.6])  # of row 2, over the best and two of its four equals
     filters = Filters.alike(3, CPU)._replace(top_k=torch.tensor([2, 0, 3]), top_p=top_p)
-    probs = kept_probs(logits[0], 1.0, 2, 1.0, 0.0)
+    probs = filtered(logits[0], 1.0, top_k=2)
     seen = [set() for _ in range(3)]
     for u in torch.linspace(0, 0.999, 23):
         for row, token in enumerate(sample(logits, filters, u.expand(3).contiguous()).tolist()):
