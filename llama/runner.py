@@ -1,8 +1,8 @@
-"""`Runner`: weights, cache and sampler in one hand. `launch(plan)` starts a step; only the engine thread calls it.
+"""`Runner`: weights, cache and sampler. `launch(plan)` starts a step; only the engine thread calls it.
 
-On CUDA nothing in a launch waits for the device: inputs come from pinned memory, results go there. A planned token that
-its sequence does not have yet is the one sampled by the previous step; it is read on the device. So the next step can
-be launched while one runs.
+On CUDA no launch waits for the device, so the next step can be launched while one runs: inputs come from pinned memory,
+results go there. A planned token that its sequence does not have yet is the one sampled by the previous step; it is
+read on the device.
 """
 
 from __future__ import annotations

@@ -49,8 +49,11 @@ class Setup:
 
 def resolve(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
     """Read the model's description and divide the memory. Raises ConfigError, LoadError, TokenizerError."""
-    folder = None if isinstance(model, ModelConfig) else find_model(model)
-    shape = model if isinstance(model, ModelConfig) else read_config(find_model(model))
+    if isinstance(model, ModelConfig):
+        folder, shape = None, model
+    else:
+        folder = find_model(model)
+        shape = read_config(folder)
     device = find_device(config.device)
     if config.compile and device.type != "cpu":
         raise ConfigError("compile", True, f"is for the CPU; on {device.type} steps are CUDA graphs")
@@ -76,7 +79,7 @@ def resolve(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
 
 
 def build_runner(setup: Setup, progress: bool) -> Runner:
-    """Load (or make up) the weights, allocate the cache, capture the graphs. Called in the engine thread."""
+    """Load or draw the weights, allocate the cache, capture the graphs. Called in the engine thread."""
     config, device, dtype, plan = setup.model_config, setup.device, setup.dtype, setup.memory_plan
     if setup.model_dir is None:
         parameters = random_parameters(config, dtype, device)
@@ -84,8 +87,7 @@ def build_runner(setup: Setup, progress: bool) -> Runner:
         parameters = load_parameters(setup.model_dir, config, dtype, device, progress)
     model = Transformer(config, parameters, setup.max_seq_len, setup.batch_invariant, keep_rows=setup.config.compile)
     with torch.inference_mode():
-        cache_dtype = kernels.cache_dtype(dtype, device)
-        cache = KVCache.empty(config, plan.num_blocks, plan.block_size, cache_dtype, device)
+        cache = KVCache.empty(config, plan.num_blocks, plan.block_size, kernels.cache_dtype(dtype, device), device)
     executors: list[Executor] = []
     if device.type == "cuda" and setup.config.cuda_graphs:
         make = partial(StepGraph, model, cache, device, setup.max_seq_len, capture_cuda())
@@ -130,8 +132,6 @@ def _tokenizer(folder: Path | None, config: ModelConfig) -> Tokenizer | None:
     if path is None:
         return None
     tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise TokenizerError(
-            tokenizer.path, f"has {tokenizer.vocab_size} pieces, the model's vocabulary {config.vocab_size}"
-        )
+    if (n := tokenizer.vocab_size) != config.vocab_size:
+        raise TokenizerError(path, f"has {n} pieces, the model's vocabulary {config.vocab_size}")
     return tokenizer

@@ -22,12 +22,12 @@ from llama.slots import Seat
 
 @dataclass(slots=True)
 class Delta:
-    """What one sequence gained: index = which one of the request.
+    """What sequence `index` of the request gained.
 
-    token_ids, logprobs, offsets: one entry per new token (logprobs only where asked for; offsets, in characters of the
-    sequence's text, only with them). text: what is certain by now, possibly less or more than the tokens' own.
-    finish_reason: set in the last delta of the sequence, and nowhere else.
-    prompt_logprobs: in a sequence's first delta, when asked for; one entry per prompt token after the first.
+    token_ids, logprobs, offsets: one entry per new token; the last two only where logprobs are asked for. Offsets are
+    in characters of the sequence's text. text: what is certain by now, possibly less or more than the tokens' own.
+    finish_reason: only in the last delta. prompt_logprobs: only in the first, when asked for; one entry per prompt
+    token after the first.
     """
 
     index: int
@@ -55,7 +55,7 @@ class StepTrace:
 
 @dataclass(slots=True)
 class RequestStats:
-    """Times in seconds of time.monotonic(); counts of tokens. steps: the first ones, if the request asked for them."""
+    """Times in seconds of time.monotonic(); counts of tokens. steps: the first ones, with `Request.trace`."""
 
     submitted: float
     first_scheduled: float | None = None
@@ -92,7 +92,7 @@ class Mailbox:
         """Engine thread: hand over a delta; `wake` follows when the step's deltas are all in."""
         ends = delta.finish_reason is not None
         if ends and self.unfinished == 1:
-            self._end()  # first: a reader that has seen the end finds the slot free
+            self._end()  # before the delta: a reader that has seen the end finds the slot free
         with self._lock:
             if self.unfinished:  # else abandoned meanwhile
                 self.deltas.append(delta)
@@ -160,8 +160,7 @@ class Mailbox:
 
 
 async def _before(timeout: float | None, awake: asyncio.Future[bool]) -> bool:
-    """Wait for a future; False if that takes longer. What `asyncio.timeout` does for any code costs several times as
-    much, which a server pays for every token."""
+    """Wait for a future; False if that takes longer. `asyncio.timeout` would cost more, for every token."""
     if timeout is None:
         return await awake
     alarm = awake.get_loop().call_later(timeout, _settle, awake, False)
@@ -177,8 +176,8 @@ def _settle(awake: asyncio.Future[bool], result: bool) -> None:
 
 
 class _Bell:
-    """Wakes the readers on one event loop. However many of them a step has served, the loop is called once: each call
-    is a system call in the engine thread, which would have to queue for the interpreter after it."""
+    """Wakes the readers on one event loop. A step calls the loop once, however many readers it has served: each call is
+    a system call in the engine thread, which must queue for the interpreter after it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
@@ -191,8 +190,7 @@ class _Bell:
         if self._rung:
             return
         self._rung = True
-        loop = self._loop()
-        if loop is not None:
+        if (loop := self._loop()) is not None:
             with suppress(RuntimeError):  # the loop was closed with its reader still waiting
                 loop.call_soon_threadsafe(self._answer)
 
@@ -206,10 +204,9 @@ _BELLS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Bell] = weakref.We
 
 
 class Stream:
-    """Iterate (`for` or `async for`) until every sequence of the request has finished.
+    """Iterate (`for` or `async for`) until every sequence of the request has finished. One reader at a time.
 
     Raises from the iterator what ended the request early: RequestFailed, EngineDead, EngineClosed, `close`'s error.
-    One reader at a time; `close()` from any thread. Dropping the object is closing it, even if it was never started.
     """
 
     def __init__(self, mailbox: Mailbox) -> None:
@@ -250,9 +247,9 @@ class Stream:
         return list(iter(self._mailbox.take, None))
 
     def close(self, error: BaseException | None = None) -> None:
-        """Abort what still runs, from any thread; again is no harm. What was not read yet is dropped.
+        """Abort what still runs and drop what was not read yet. Safe to call twice and from any thread.
 
-        error: a reader gets it, where otherwise the stream just ends; for who sets a deadline.
+        error: raised in the reader, where otherwise the stream just ends.
         """
         self._abandon.detach()
         self._mailbox.abandon(error)
