@@ -66,8 +66,8 @@ class BlockPool:
     def allocate(self, after: int = PAD_BLOCK, room: int = 1) -> int:
         """A block for an owner. The caller makes sure that n_free is not 0.
 
-        after: the owner's last block, or the pad block. room: how many blocks the owner may come to need. The CPU reads
-        blocks that lie side by side without a copy, so the block is placed as `_place` says.
+        after: the owner's last block, or the pad block. room: how many blocks the owner may come to need: the CPU reads
+        blocks that lie side by side without a copy.
         """
         block = self._place(after, room)
         if block in self._idle:

@@ -9,10 +9,10 @@ a chunk of a prompt and a decoded token are the same thing. Running sequences go
 arrival. When blocks run out the youngest running sequence gives its own back and waits at the front with its tokens
 kept; the oldest is never preempted, so some request always progresses.
 
-A step may be planned while the one before it runs: a sequence then computes the token that it is about to yield. That
-token may end it. Then its row in the next step is computed for nothing and `commit` skips it. Freed blocks may be
-reused at once: the device runs steps in order, so the new owner writes after the old one. Only blocks that a committed
-step has filled are published to the prefix cache.
+A step may be planned while the one before it runs: a sequence then computes the token that it is about to yield. If
+that token ends it, its row is computed for nothing and `commit` skips it. Freed blocks may be reused at once: the
+device runs steps in order, so the new owner writes after the old one. Only blocks that a committed step has filled are
+published to the prefix cache.
 """
 
 from __future__ import annotations

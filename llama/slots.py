@@ -38,7 +38,7 @@ class _Waiter:
 
 
 class Slots:
-    """`limit` seats, first come first served, for any thread and any event loop. in_use: those taken; read it only.
+    """`limit` seats, first come first served, for any thread and any event loop. in_use: those taken.
 
     expected_wait: seconds until a seat may be free, as far as the owner knows; told to those who are refused.
     """
