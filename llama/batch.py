@@ -80,7 +80,7 @@ class BlockTables:
 class PromptSpan:
     """Prompt tokens whose logprobs are asked for: those behind positions first to first + n - 1 of the sequence.
 
-    row: the step's row of position first. reports: filled in by the executor that computes the step.
+    row: the step's row of position first. reports: filled in by the executor.
     """
 
     seq: Sequence
@@ -178,17 +178,13 @@ def _prompt_spans(seq: Sequence, first: int, n: int, row: int) -> list[PromptSpa
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step on the device.
+    """One step on the device, with a row for each token to compute."""
 
-    token_ids, positions, kv_index: [rows] int64, a row per token to compute; kv_index is its flat row in the cache.
-    attention: which rows and cache blocks belong together. logit_rows: [n] int64, rows whose logits are made.
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    kv_index: Tensor
-    attention: kernels.AttentionPlan
-    logit_rows: Tensor
+    token_ids: Tensor  # [rows] int64
+    positions: Tensor  # [rows] int64
+    kv_index: Tensor  # [rows] int64, flat row of the cache
+    attention: kernels.AttentionPlan  # which rows and cache blocks belong together
+    logit_rows: Tensor  # [n] int64, rows whose logits are made
 
     @classmethod
     def of(cls, step: Step, logit_rows: np.ndarray, device: torch.device, last: LastStep | None) -> Batch:
@@ -197,6 +193,6 @@ class Batch:
         token_ids, positions, kv_index = rows.unbind(0)
         if last is not None and len(unread):
             last.fill(token_ids, *unread.unbind(1))
-        lengths = step.cu_seqlens_q, step.seqlens_k
-        attention = kernels.plan_attention(*lengths, step.block_tables, step.block_size, device)
+        starts, lengths, tables = step.cu_seqlens_q, step.seqlens_k, step.block_tables
+        attention = kernels.plan_attention(starts, lengths, tables, step.block_size, device)
         return cls(token_ids, positions, kv_index, attention, logits_of)

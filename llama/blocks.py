@@ -125,7 +125,7 @@ class BlockPool:
             self._reopen(block + 1)
 
     def publish(self, block: int, key: bytes, tokens: tuple[int, ...]) -> None:
-        """A held block is full and computed: let later prompts find it. A second one of equal content stays private."""
+        """Let prompts find a held block that is full and computed. A second one of equal content stays private."""
         if self.prefix_cache and key not in self._by_key:
             self._by_key[key] = block
             self._cached[block] = CachedBlock(key, tokens)

@@ -27,15 +27,12 @@ TOKENIZER = "tokenizer.model"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The weights of a folder, named, checked and not yet read.
-
-    tensors: by Hugging Face's names, in the order of the bytes; all that the model needs, if `problems` is empty.
-    """
+    """The weights of a folder, named, checked and not yet read."""
 
     folder: Path
     files: list[Path]
-    tensors: dict[str, StoredTensor]
-    problems: list[str]
+    tensors: dict[str, StoredTensor]  # by Hugging Face's names, in the order of the bytes
+    problems: list[str]  # empty: `tensors` holds all that the model needs
 
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

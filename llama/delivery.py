@@ -47,9 +47,9 @@ class Delivery:
         self.tracks.clear()
 
     def deliver(self, plan: Plan, result: StepResult, number: int, started: float, seconds: float) -> None:
-        """Turn a committed step's tokens into text, hand them over, then wake each reader once.
+        """Turn the tokens of committed step `number` into text, hand them over, then wake each reader once.
 
-        number: of the step. started: when it was planned, by time.monotonic(). seconds: that it took.
+        started: when it was planned, by time.monotonic(). seconds: that it took.
         """
         now = time.monotonic()
         mailboxes: dict[Mailbox, None] = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -46,8 +45,7 @@ class Bucket(NamedTuple):
         return n_rows <= self.n_rows and n_seqs <= self.n_seqs and n_tiles <= self.n_tiles
 
 
-@dataclass(frozen=True, slots=True)
-class StepInputs(Generic[Array]):
+class StepInputs(NamedTuple, Generic[Array]):
     """What a captured step reads, on the host or on the device: int64, the last four int32."""
 
     token_ids: Array  # [n_rows]
@@ -65,17 +63,10 @@ class StepInputs(Generic[Array]):
 class StepGraph:
     """The graph of one bucket."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        cache: KVCache,
-        device: torch.device,
-        max_seq_len: int,
-        capture: Capture,
-        bucket: Bucket,
-    ) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, capture: Capture, bucket: Bucket) -> None:
         n_rows, n_seqs, n_tiles = bucket
-        blank: StepInputs[np.ndarray] = StepInputs(
+        max_seq_len = len(model.cos_sin)
+        blank = StepInputs(
             token_ids=np.zeros(n_rows, np.int64),
             positions=np.zeros(n_rows, np.int64),
             kv_index=np.full(n_rows, -1, np.int64),
@@ -87,13 +78,13 @@ class StepGraph:
             block_tables=np.zeros((n_seqs, -(-max_seq_len // cache.block_size)), np.int32),
             tiles=np.array([(0, -1)] * n_tiles, np.int32).reshape(-1, 2),
         )
-        self._buffer = kernels.PinnedBuffer(device, *(getattr(blank, field.name) for field in fields(blank)))
-        self._host: StepInputs[np.ndarray] = StepInputs(*self._buffer.arrays)
-        self._device = inputs = StepInputs[Tensor](*self._buffer.tensors)
+        self._buffer = kernels.PinnedBuffer(model.embedding.device, *blank)
+        self._host, inputs = StepInputs(*self._buffer.arrays), StepInputs(*self._buffer.tensors)
         attention = kernels.plan_capture(
             inputs.cu_seqlens_q, inputs.seqlens_k, inputs.block_tables, inputs.tiles, n_rows, max_seq_len
         )
         # What the graph reads must outlive it.
+        self._device = inputs
         self._batch = Batch(inputs.token_ids, inputs.positions, inputs.kv_index, attention, inputs.logit_rows)
         self._replay = capture(lambda: model.logits(model.forward(self._batch, cache)))
 

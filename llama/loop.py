@@ -49,10 +49,8 @@ class LaunchedStep(NamedTuple):
 
 
 class EngineLoop:
-    """on_step, when set, is called in the engine thread before every step; the seam for audits and fault injection.
-
-    step_seconds: moving average of step time, weight 0.1.
-    """
+    """on_step: called in the engine thread before every step, for audits and fault injection. step_seconds: moving
+    average of step time, weight 0.1."""
 
     def __init__(
         self,

@@ -72,8 +72,8 @@ class Executor(Protocol):
 class PlainExecutor:
     """Serves every step, operation by operation; the only one that reports on prompts."""
 
-    def __init__(self, model: Transformer, cache: KVCache, device: torch.device) -> None:
-        self.model, self.cache, self.device = model, cache, device
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        self.model, self.cache, self.device = model, cache, model.embedding.device
 
     def serves(self, step: Step) -> bool:
         return True
@@ -106,15 +106,14 @@ class Runner:
         self,
         model: Transformer,
         cache: KVCache,
-        device: torch.device,
         executors: SequenceOf[Executor] = (),
         threads: int = 1,
         one_thread_rows: int = 0,
     ) -> None:
-        self.model, self.cache, self.device = model, cache, device
-        self.executors: list[Executor] = [*executors, PlainExecutor(model, cache, device)]
+        self.model, self.cache = model, cache
+        self.executors: list[Executor] = [*executors, PlainExecutor(model, cache)]
         self.threads, self.one_thread_rows = threads, one_thread_rows
-        self.sampler = Sampler(device)
+        self.sampler = Sampler(model.embedding.device)
         self._tables = BlockTables()
         self._last: LastStep | None = None
 
@@ -133,7 +132,7 @@ class Runner:
             seqs = [plan.seqs[i] for i in step.sampled]
             sampled = self.sampler.sample(logits, seqs, [plan.firsts[i] + plan.counts[i] for i in step.sampled])
             self._last = LastStep(sampled.device_ids, seqs)
-        if self.device.type == "cuda":
+        if self.sampler.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
         return PendingStep(step, sampled, done)

@@ -90,14 +90,14 @@ def build_runner(setup: Setup, progress: bool) -> Runner:
         cache = KVCache.empty(config, plan.num_blocks, plan.block_size, kernels.cache_dtype(dtype, device), device)
     executors: list[Executor] = []
     if device.type == "cuda" and setup.config.cuda_graphs:
-        make = partial(StepGraph, model, cache, device, setup.max_seq_len, capture_cuda())
+        make = partial(StepGraph, model, cache, capture_cuda())
         graphs = GraphExecutor(make, setup.config.max_batch_seqs, setup.config.max_batch_tokens)
         with torch.inference_mode():
             graphs.capture_all(up_to=setup.config.slots)
         executors.append(graphs)
     if setup.config.compile:
         executors += compile_steps(model, cache, setup.threads, one_thread=setup.one_thread_rows > 0)
-    return Runner(model, cache, device, executors, setup.threads, setup.one_thread_rows)
+    return Runner(model, cache, executors, setup.threads, setup.one_thread_rows)
 
 
 def find_model(model: str | Path) -> Path:

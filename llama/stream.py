@@ -1,7 +1,7 @@
 """`Stream`: the caller's end of one request, an iterator of `Delta`s for threads and for event loops.
 
-The engine thread puts deltas in and never waits for a reader; a reader takes out what has gathered. A stream nobody
-reads is bounded by the request's max_tokens. Closing it, or dropping it, aborts the request.
+The engine thread never waits for a reader. A stream nobody reads is bounded by the request's max_tokens. Closing it, or
+dropping it, aborts the request.
 """
 
 from __future__ import annotations

@@ -96,15 +96,12 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of a checkpoint in Hugging Face's layout, still in its files.
-
-    read(first, out): as `Region.read_rows`, both numbers of rows in multiples of `step`.
-    """
+    """A tensor of a checkpoint in Hugging Face's layout, still in its files."""
 
     shape: tuple[int, ...]
     dtype: str
     files: tuple[TensorFile, ...]
-    read: Callable[[int, Tensor], None]
+    read: Callable[[int, Tensor], None]  # (first, out) as `Region.read_rows`, both in multiples of `step` rows
     step: int = 1
 
     @property
