@@ -13,15 +13,14 @@ import hashlib
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 PAD_BLOCK = 0
 # The oldest 1 / _OLD of the idle blocks may be given up though others are blank, for room side by side.
 _OLD = 8
 
 
-@dataclass(frozen=True, slots=True)
-class CachedBlock:
+class CachedBlock(NamedTuple):
     """What a full block holds: its key (a hash chained over every token before it) and its own tokens, to be sure."""
 
     key: bytes

@@ -21,13 +21,10 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class KVCache:
-    """whole: [n_layers, 2, num_blocks, block_size, n_kv_heads, head_dim], zero-filled; block 0 stays zero.
+    """Zero-filled; block 0 stays zero. k, v: one for each layer, contiguous parts of `whole`."""
 
-    k[layer], v[layer]: its parts, each [num_blocks, block_size, n_kv_heads, head_dim] and contiguous.
-    """
-
-    whole: Tensor
-    k: list[Tensor]
+    whole: Tensor  # [n_layers, 2, num_blocks, block_size, n_kv_heads, head_dim]
+    k: list[Tensor]  # [num_blocks, block_size, n_kv_heads, head_dim]
     v: list[Tensor]
     block_size: int
 

@@ -129,8 +129,11 @@ class Engine:
         # Before anything is queued: whatever interrupts us now, dropping the stream aborts the request.
         stream = Stream(mailbox)
         self._inbox.put(partial(self._loop.add, mailbox, self._sequences(request)))
-        if self._loop.closing:
-            self._check_alive(mailbox)
+        try:
+            self._check_alive()
+        except (EngineClosed, EngineDead) as error:  # it ended while the request came in
+            mailbox.fail(error)
+            raise
         return stream
 
     def generate(
@@ -217,7 +220,7 @@ class Engine:
         if not params.ignore_eos:
             stop_ids |= frozenset(self.model_config.eos_ids)
         for p, prompt in enumerate(request.prompts):
-            # A given seed stands for the answer to this prompt wherever it is in the list; a fresh one does not repeat.
+            # A given seed gives the same answer wherever the prompt is in the list.
             seed = secrets.randbits(63) if params.seed is None else params.seed
             room = self.max_seq_len if params.max_tokens is None else len(prompt) + params.max_tokens
             leader: Sequence | None = None
@@ -245,19 +248,14 @@ class Engine:
     def _abort(self, mailbox: Mailbox) -> None:
         self._inbox.put(partial(self._loop.abort, mailbox))
 
-    def _check_alive(self, mailbox: Mailbox | None = None) -> None:
-        """Raise if nothing will be served; a request that slipped in while the engine ended gets the error itself."""
-        error: Exception | None = None
+    def _check_alive(self) -> None:
+        """Raises EngineDead or EngineClosed if nothing will be served any more."""
         if os.getpid() != self._pid:
-            error = EngineDead("this engine was made before fork(); make one in the child process")
-        elif self._loop.error is not None:
-            error = EngineDead(f"the engine stopped: {self._loop.error!r}")
-        elif self._loop.closing:
-            error = EngineClosed("the engine is closed")
-        if error is not None:
-            if mailbox is not None:
-                mailbox.fail(error)
-            raise error
+            raise EngineDead("this engine was made before fork(); make one in the child process")
+        if self._loop.error is not None:
+            raise EngineDead(f"the engine stopped: {self._loop.error!r}")
+        if self._loop.closing:
+            raise EngineClosed("the engine is closed")
 
 
 def _thread_main(

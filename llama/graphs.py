@@ -93,8 +93,7 @@ class StepGraph:
         self._buffer.wait()
         _fill(self._host, step)
         self._buffer.send()
-        n_unread = len(step.unread)
-        if n_unread and last is not None:
+        if (n_unread := len(step.unread)) and last is not None:
             inputs = self._device
             last.fill(inputs.token_ids, inputs.unread_rows[:n_unread], inputs.unread_sources[:n_unread])
         return self._replay()[: len(step.sampled)]

@@ -10,7 +10,7 @@ from typing import Any
 from llama.config import Limits
 from llama.errors import ContextLengthExceeded, InvalidRequest
 
-# Below this a temperature is greedy: dividing by it would only turn rounding noise into choices.
+# Below this a temperature is greedy: dividing by it would turn rounding noise into choices.
 GREEDY_BELOW = 1e-4
 
 _RANGES: dict[str, tuple[float, float]] = {

@@ -119,10 +119,7 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> PendingStep:
-        """Start computing the plan's tokens and sampling one for each sequence that yields one.
-
-        Tokens that the plan computes and its sequences lack are those that the last launched step yields.
-        """
+        """Start computing the plan's tokens and sampling one for each sequence that yields one."""
         step, sampled, done = Step.of(plan, self._tables, self.cache.block_size, self._last), None, None
         self._set_threads(step.n_rows)
         executor = next(executor for executor in self.executors if executor.serves(step))

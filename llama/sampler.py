@@ -37,7 +37,7 @@ class RowParams:
 class Report:
     """Logprobs of one token per row, on their way to the host: token ids, their logprobs, the best ids, theirs."""
 
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    tensors: tuple[Tensor, ...]
     wanted: list[int | None]
 
     def read(self) -> list[TokenLogprobs | None]:
@@ -144,6 +144,5 @@ def _penalties(seq: Sequence, position: int) -> list[tuple[int, float, float, fl
 
 def report_logprobs(logits: Tensor, token_ids: Tensor, wanted: list[int | None], n_top: int) -> Report:
     """Logprobs of one token per row and of the best ones; wanted[row] = how many, None = no report for the row."""
-    chosen, top_ids, top = kernels.token_logprobs(logits, token_ids, n_top)
-    to_host = kernels.to_host
-    return Report((to_host(token_ids), to_host(chosen), to_host(top_ids), to_host(top)), wanted)
+    tensors = token_ids, *kernels.token_logprobs(logits, token_ids, n_top)
+    return Report(tuple(map(kernels.to_host, tensors)), wanted)

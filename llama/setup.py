@@ -28,22 +28,19 @@ _ONE_THREAD_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Setup:
-    """model_dir: None = random weights. tokenizer: None = the model has none, and serves token ids only.
-
-    max_seq_len: the context that is served, in tokens. threads, one_thread_rows: as `Runner` takes them.
-    """
+    """What `resolve` decided."""
 
     config: EngineConfig
-    model_dir: Path | None
+    model_dir: Path | None  # None: random weights
     model_config: ModelConfig
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | None  # None: the model serves token ids only
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the weights
     batch_invariant: bool
     async_scheduling: bool
-    max_seq_len: int
+    max_seq_len: int  # the context that is served, in tokens
     memory_plan: MemoryPlan
-    threads: int
+    threads: int  # as `Runner` takes them
     one_thread_rows: int
 
 

@@ -22,21 +22,15 @@ from llama.slots import Seat
 
 @dataclass(slots=True)
 class Delta:
-    """What sequence `index` of the request gained.
-
-    token_ids, logprobs, offsets: one entry per new token; the last two only where logprobs are asked for. Offsets are
-    in characters of the sequence's text. text: what is certain by now, possibly less or more than the tokens' own.
-    finish_reason: only in the last delta. prompt_logprobs: only in the first, when asked for; one entry per prompt
-    token after the first.
-    """
+    """What sequence `index` of the request gained. Logprobs and offsets: one for each new token, when asked for."""
 
     index: int
     token_ids: list[int]
-    text: str
+    text: str  # what is certain by now, possibly less or more than the tokens' own
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    prompt_logprobs: list[TokenLogprobs] | None = None
+    offsets: list[int] = field(default_factory=list)  # in characters of the sequence's text
+    finish_reason: FinishReason | None = None  # set in the last delta of the sequence
+    prompt_logprobs: list[TokenLogprobs] | None = None  # set in the first, when asked for; the first token has none
 
 
 MAX_TRACED_STEPS = 1024
@@ -74,9 +68,9 @@ class RequestStats:
 
 
 class Mailbox:
-    """What the engine thread and a `Stream` share. It outlives a dropped stream, and never refers to one.
+    """What the engine thread and a `Stream` share. It never refers to the stream, and outlives a dropped one.
 
-    n_sequences: how many sequences the request has. abort: asks the engine to drop them; called at most once.
+    n_sequences: of the request. abort: asks the engine to drop them; called at most once.
     """
 
     def __init__(self, n_sequences: int, seat: Seat | None, abort: Callable[[Mailbox], None]) -> None:
@@ -107,10 +101,8 @@ class Mailbox:
             self.wake()
 
     def abandon(self, error: BaseException | None = None) -> None:
-        """Any thread: the request is over for its reader. The slot is free at once, the blocks after the current step.
-
-        error: what the reader gets, unless it has seen the end or was to get another error.
-        """
+        """Any thread: the request is over for its reader, who gets `error` unless it has seen the end or was to get
+        another one. The slot is free at once, the blocks after the current step."""
         with self._lock:
             if self.unfinished or self.deltas:
                 self.error = self.error or error
