@@ -66,7 +66,7 @@ class StepGraph:
     def __init__(self, model: Transformer, cache: KVCache, capture: Capture, bucket: Bucket) -> None:
         n_rows, n_seqs, n_tiles = bucket
         max_seq_len = len(model.cos_sin)
-        blank = StepInputs(
+        blank: StepInputs[np.ndarray] = StepInputs(
             token_ids=np.zeros(n_rows, np.int64),
             positions=np.zeros(n_rows, np.int64),
             kv_index=np.full(n_rows, -1, np.int64),
