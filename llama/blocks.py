@@ -136,8 +136,6 @@ class BlockPool:
         """
         blocks: list[int] = []
         keys: list[bytes] = []
-        if not self.prefix_cache:
-            return blocks, keys
         key, size = salt_key, self.block_size
         for start in range(0, (len(tokens) - 1) // size * size, size):
             block_tokens = tuple(tokens[start : start + size])

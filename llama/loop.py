@@ -13,7 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
 from llama.delivery import Delivery
@@ -137,22 +137,16 @@ class EngineLoop:
             if pool.n_free != pool.n_usable:
                 raise RuntimeError(f"{pool.n_usable - pool.n_free} blocks are held although no sequence is left")
             self.inbox.get()()
-        while not self.closing:
-            try:
-                message = self.inbox.get_nowait()
-            except Empty:
-                break
-            message()
+        while not self.closing and not self.inbox.empty():  # nobody else takes messages out
+            self.inbox.get()()
         self.last_beat = time.monotonic()
         return not self.closing
 
     def _take_late_messages(self) -> None:
         """Requests that came in after the message that ended the loop; they get its error like all others."""
-        while True:
+        while not self.inbox.empty():
             try:
-                self.inbox.get_nowait()()
-            except Empty:
-                return
+                self.inbox.get()()
             except Exception:
                 log.exception("a message that came after the end of the engine")
 

@@ -26,7 +26,7 @@ from llama.weight_names import weight_names
 _PART = re.compile(r"consolidated\.(\d\d)\.pth")
 # What the pickle of a state dict names. Anything else may be a program.
 _GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch [A-Za-z0-9]+Storage")
-_MAX_PICKLE = 4 << 20
+_MAX_PICKLE = 4 << 20  # many times what Llama-2 70B's needs
 _LEGACY = (
     "Meta's files come from torch.save as zip files; open it where it was made and save it again, or use safetensors"
 )

@@ -27,8 +27,9 @@ class SamplingParams:
     max_tokens: None = the rest of the context. temperature: below 1e-4 = greedy. top_k: -1 = off. top_p, min_p: 0 to 1.
     presence_penalty, frequency_penalty: -2 to 2, on generated tokens. repetition_penalty: above 0 to 10, on prompt and
     generated tokens. logit_bias: token id -> -100 to 100. seed: None = a fresh one; choices of one request differ in
-    any case. stop: strings that end the text before them. min_tokens: until then, nothing but max_tokens ends a
-    sequence. logprobs, prompt_logprobs: how many of the best tokens to report beside each; None = no report.
+    any case. stop: strings that end the text before them. stop_token_ids: end a sequence, as eos does unless
+    ignore_eos. min_tokens: until then, only its length ends a sequence. logprobs, prompt_logprobs: how many of the best
+    tokens to report beside each; None = no report.
     """
 
     max_tokens: int | None = None
