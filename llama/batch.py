@@ -27,16 +27,14 @@ class LastStep:
         return {seq: row for row, seq in enumerate(self.seqs)}
 
     def fill(self, token_ids: Tensor, rows: Tensor, sources: Tensor) -> None:
-        """token_ids[rows] = ids[sources], all int64 on the device. A -1 becomes 0: its row is computed for nothing, but
-        must not index anything."""
+        """token_ids[rows] = ids[sources], all int64 on the device. A -1, which must not index anything, becomes 0."""
         token_ids[rows] = self.ids[sources].clamp(min=0)
 
 
 class BlockTables:
     """The block tables of the last step's sequences, one row each. A step writes only the blocks that were appended.
 
-    A sequence keeps its row from step to step. Its table is written anew after a step without it, and when preemption
-    has given it another list; a list only ever grows.
+    A table is written anew after a step without its sequence, and when preemption has given the sequence another list.
     """
 
     def __init__(self) -> None:
@@ -46,7 +44,7 @@ class BlockTables:
         self._rows: dict[Sequence, tuple[int, list[int], int]] = {}
 
     def of(self, seqs: list[Sequence]) -> np.ndarray:
-        """A copy of these sequences' rows: [len(seqs), longest table] int32, 0 past a table's end."""
+        """A copy of these sequences' tables: [len(seqs), longest table] int32, 0 past a table's end."""
         rows, longest = [], 0
         for seq in seqs:
             row, held, n_blocks = self._rows.get(seq) or (0, None, 0)
@@ -82,7 +80,7 @@ class BlockTables:
 class PromptSpan:
     """Prompt tokens whose logprobs are asked for: those behind positions first to first + n - 1 of the sequence.
 
-    row: the step's row of position first. reports: filled in by the executor that computes the step.
+    row: the step's row of position first. reports: filled in by the executor.
     """
 
     seq: Sequence
@@ -109,7 +107,7 @@ class Step:
 
     @classmethod
     def of(cls, plan: Plan, tables: BlockTables, block_size: int, last: LastStep | None) -> Step:
-        """A planned token that its sequence does not have yet is the one that `last` yields; the device fills it in."""
+        """Tokens that the sequences lack are those that `last` yields; the device fills them in."""
         token_ids: list[int] = []
         unread: list[tuple[int, int]] = []
         spans: list[PromptSpan] = []
@@ -172,7 +170,7 @@ class Step:
 def _prompt_spans(seq: Sequence, first: int, n: int, row: int) -> list[PromptSpan]:
     """The span among n tokens of a prompt, from position first and the step's row `row` on, if there is one.
 
-    The row of position p predicts p + 1. What an earlier run reported is not reported again.
+    The row of position p predicts p + 1. A position reported before a preemption is not reported again.
     """
     begin, end = max(first, len(seq.prompt_logprobs)), min(first + n, seq.n_prompt - 1)
     return [PromptSpan(seq, begin, end - begin, row + begin - first)] if begin < end else []
@@ -180,17 +178,13 @@ def _prompt_spans(seq: Sequence, first: int, n: int, row: int) -> list[PromptSpa
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step on the device.
+    """One step on the device, with a row for each token to compute."""
 
-    token_ids, positions, kv_index: [rows] int64, a row per token to compute; kv_index is its flat row in the cache.
-    attention: which rows and cache blocks belong together. logit_rows: [n] int64, rows whose logits are made.
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    kv_index: Tensor
-    attention: kernels.AttentionPlan
-    logit_rows: Tensor
+    token_ids: Tensor  # [rows] int64
+    positions: Tensor  # [rows] int64
+    kv_index: Tensor  # [rows] int64, flat row of the cache
+    attention: kernels.AttentionPlan  # which rows and cache blocks belong together
+    logit_rows: Tensor  # [n] int64, rows whose logits are made
 
     @classmethod
     def of(cls, step: Step, logit_rows: np.ndarray, device: torch.device, last: LastStep | None) -> Batch:
@@ -199,7 +193,6 @@ class Batch:
         token_ids, positions, kv_index = rows.unbind(0)
         if last is not None and len(unread):
             last.fill(token_ids, *unread.unbind(1))
-        attention = kernels.plan_attention(
-            step.cu_seqlens_q, step.seqlens_k, step.block_tables, step.block_size, device
-        )
+        starts, lengths, tables = step.cu_seqlens_q, step.seqlens_k, step.block_tables
+        attention = kernels.plan_attention(starts, lengths, tables, step.block_size, device)
         return cls(token_ids, positions, kv_index, attention, logits_of)

@@ -13,15 +13,14 @@ import hashlib
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 PAD_BLOCK = 0
 # The oldest 1 / _OLD of the idle blocks may be given up though others are blank, for room side by side.
 _OLD = 8
 
 
-@dataclass(frozen=True, slots=True)
-class CachedBlock:
+class CachedBlock(NamedTuple):
     """What a full block holds: its key (a hash chained over every token before it) and its own tokens, to be sure."""
 
     key: bytes
@@ -66,8 +65,8 @@ class BlockPool:
     def allocate(self, after: int = PAD_BLOCK, room: int = 1) -> int:
         """A block for an owner. The caller makes sure that n_free is not 0.
 
-        after: the owner's last block, or the pad block. room: how many blocks the owner may come to need. The CPU reads
-        blocks that lie side by side without a copy, so the block is placed as `_place` says.
+        after: the owner's last block, or the pad block. room: how many blocks the owner may come to need: the CPU reads
+        blocks that lie side by side without a copy.
         """
         block = self._place(after, room)
         if block in self._idle:
@@ -125,7 +124,7 @@ class BlockPool:
             self._reopen(block + 1)
 
     def publish(self, block: int, key: bytes, tokens: tuple[int, ...]) -> None:
-        """A held block is full and computed: let later prompts find it. A second one of equal content stays private."""
+        """Let prompts find a held block that is full and computed. A second one of equal content stays private."""
         if self.prefix_cache and key not in self._by_key:
             self._by_key[key] = block
             self._cached[block] = CachedBlock(key, tokens)
@@ -137,8 +136,6 @@ class BlockPool:
         """
         blocks: list[int] = []
         keys: list[bytes] = []
-        if not self.prefix_cache:
-            return blocks, keys
         key, size = salt_key, self.block_size
         for start in range(0, (len(tokens) - 1) // size * size, size):
             block_tokens = tuple(tokens[start : start + size])

@@ -13,22 +13,18 @@ import kernels
 from llama.config import EngineConfig, ModelConfig
 from llama.errors import ConfigError
 
-# On CUDA this share of the free memory may be planned; the rest is for the allocator's own rounding and other users.
-_CUDA_SHARE = 0.92
-# On the CPU the cache takes at most this share of what is free after the weights, unless kv_memory says otherwise.
+# The cache's share of the memory that is free after weights and activations, unless kv_memory says otherwise.
+_CUDA_SHARE = 0.92  # the rest is for the allocator's own rounding and other users
 _CPU_SHARE = 0.25
 GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """whole: [n_layers, 2, num_blocks, block_size, n_kv_heads, head_dim], zero-filled; block 0 stays zero.
+    """Zero-filled; block 0 stays zero. k, v: one for each layer, contiguous parts of `whole`."""
 
-    k[layer], v[layer]: its parts, each [num_blocks, block_size, n_kv_heads, head_dim] and contiguous.
-    """
-
-    whole: Tensor
-    k: list[Tensor]
+    whole: Tensor  # [n_layers, 2, num_blocks, block_size, n_kv_heads, head_dim]
+    k: list[Tensor]  # [num_blocks, block_size, n_kv_heads, head_dim]
     v: list[Tensor]
     block_size: int
 
@@ -44,8 +40,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the device, decided before anything is allocated; CUDA graphs and attention's partial
-    sums are not counted; they live in the share that the plan leaves free."""
+    """Bytes on the device. CUDA graphs and attention's partial sums use the share that the plan leaves free."""
 
     weights: int
     activations: int
@@ -72,10 +67,9 @@ class MemoryPlan:
 
 
 def default_block_size(device_type: str) -> int:
-    """Token positions of a block on 'cuda' or 'cpu'.
+    """Token positions of a block on 'cuda', whose attention reads keys in tiles of 64, or on 'cpu'.
 
-    A cached prompt is computed from the start of its last block on, which is quicker with small blocks. CUDA's
-    attention reads keys in tiles of 64.
+    Small blocks leave less of a cached prompt to compute: the part behind its last full block.
     """
     return 64 if device_type == "cuda" else 16
 
@@ -88,22 +82,20 @@ def plan_memory(
     dtype: of the weights. max_seq_len: the context that is served.
     """
     available, block_size = available_memory(device), engine.block_size or default_block_size(device.type)
-    itemsize = dtype.itemsize
-    weights = model.n_params * itemsize * (2 if engine.compile else 1)  # compiled steps have a layout of their own
-    rows = engine.max_batch_tokens
+    weights = (
+        model.n_params * dtype.itemsize * (2 if engine.compile else 1)
+    )  # compiled steps have a layout of their own
     widest = 4 * model.dim + model.q_dim + 2 * model.kv_dim + 3 * model.ffn_dim
-    logit_rows = min(engine.max_batch_seqs, rows)
-    activations = rows * widest * itemsize + 4 * logit_rows * model.vocab_size * 4
+    logit_rows = min(engine.max_batch_seqs, engine.max_batch_tokens)
+    activations = engine.max_batch_tokens * widest * dtype.itemsize + 4 * logit_rows * model.vocab_size * 4
     kv_block = 2 * model.n_layers * block_size * model.kv_dim * kernels.cache_dtype(dtype, device).itemsize
     least = 1 + -(-max_seq_len // block_size)  # the pad block and one sequence of full length
     left = available - weights - activations
     if engine.kv_memory is not None:
         num_blocks = engine.kv_memory // kv_block
         if num_blocks < least:
-            limit = (
-                f"one sequence of {max_seq_len} tokens needs {least * kv_block} bytes; lower max_seq_len or raise it"
-            )
-            raise ConfigError("kv_memory", engine.kv_memory, limit)
+            need = f"one sequence of {max_seq_len} tokens needs {least * kv_block} bytes"
+            raise ConfigError("kv_memory", engine.kv_memory, f"{need}; lower max_seq_len or raise it")
         needed = weights + activations + engine.kv_memory
     else:
         share = _CUDA_SHARE if device.type == "cuda" else _CPU_SHARE

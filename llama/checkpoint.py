@@ -1,7 +1,7 @@
 """A checkpoint on disk -> parameters on the device, each covered exactly once, or one error lists every fault.
 
-Every name, shape and dtype is checked before a byte of weights is read or allocated. Then each chunk goes straight to
-its place: host memory peaks at the weights and a buffer. Nothing in a checkpoint is ever run.
+Every name, shape and dtype is checked before a byte of weights is read or allocated. Host memory peaks at the weights
+and a buffer. Nothing in a checkpoint is ever run.
 """
 
 from __future__ import annotations
@@ -27,15 +27,12 @@ TOKENIZER = "tokenizer.model"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The weights of a folder, named, checked and not yet read.
-
-    tensors: by Hugging Face's names, in the order of the bytes; all that the model needs, if `problems` is empty.
-    """
+    """The weights of a folder, named, checked and not yet read."""
 
     folder: Path
     files: list[Path]
-    tensors: dict[str, StoredTensor]
-    problems: list[str]
+    tensors: dict[str, StoredTensor]  # by Hugging Face's names, in the order of the bytes
+    problems: list[str]  # empty: `tensors` holds all that the model needs
 
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -81,19 +78,14 @@ def load_parameters(
 
 def _chunks_into(tensor: StoredTensor, target: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(first row, rows in the target's dtype, on the CPU), read straight into the target where that can be."""
-    if target.device.type == "cpu" and target.dtype == FLOATS[tensor.dtype]:
-        for first, n in chunks(tensor):
-            rows = target[first : first + n]
-            tensor.read(first, rows)
-            yield first, rows
-        return
-    buffer = None
+    dtype, buffer = FLOATS[tensor.dtype], None
+    in_place = target.device.type == "cpu" and target.dtype == dtype
     for first, n in chunks(tensor):
-        if buffer is None:  # the first chunk is the longest
-            pinned = target.device.type == "cuda"
-            buffer = torch.empty((n, *tensor.shape[1:]), dtype=FLOATS[tensor.dtype], pin_memory=pinned)
-        tensor.read(first, buffer[:n])
-        yield first, buffer[:n].to(target.dtype)
+        if buffer is None and not in_place:  # the first chunk is the longest
+            buffer = torch.empty((n, *tensor.shape[1:]), dtype=dtype, pin_memory=target.device.type == "cuda")
+        rows = target[first : first + n] if buffer is None else buffer[:n]
+        tensor.read(first, rows)
+        yield first, rows.to(target.dtype)
 
 
 def bytes_bar(total: int, name: str, shown: bool) -> tqdm:
@@ -113,8 +105,8 @@ def open_checkpoint(folder: Path | str, config: ModelConfig) -> Checkpoint:
     shapes = hf_shapes(config)
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in contents:
-        if _known_extra(name, config):
-            continue
+        if name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight"):
+            continue  # no parameter needs it
         if name in tensors:
             problems.append(f"{name}: in {tensors[name].where} and again in {tensor.where}")
         elif name not in shapes:
@@ -126,11 +118,6 @@ def open_checkpoint(folder: Path | str, config: ModelConfig) -> Checkpoint:
     if parts and problems:
         _check_part_count(folder, len(parts), tensors, config)
     return Checkpoint(folder, files, tensors, problems)
-
-
-def _known_extra(name: str, config: ModelConfig) -> bool:
-    """Tensors that checkpoints may carry and no parameter needs."""
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
 
 
 def _faults(name: str, tensor: StoredTensor, wanted: tuple[int, ...]) -> list[str]:
@@ -147,9 +134,8 @@ def _check_part_count(folder: Path, parts: int, tensors: dict[str, StoredTensor]
     shapes = hf_shapes(config)
     expected = {parts_expected(parts, name, tensor, shapes[name], config) for name, tensor in tensors.items()} - {parts}
     if len(expected) == 1:
-        (whole,) = expected
-        last = f"consolidated.{whole - 1:02}.pth"
-        raise LoadError(folder, f"has {parts} of {whole} parts; download the others, up to {last}")
+        (n,) = expected
+        raise LoadError(folder, f"has {parts} of {n} parts; download the others, up to consolidated.{n - 1:02}.pth")
 
 
 def read_config(folder: Path | str) -> ModelConfig:
@@ -170,11 +156,13 @@ def read_config(folder: Path | str) -> ModelConfig:
 def _refuse_other_kinds(folder: Path) -> None:
     """Raises LoadError for a folder of a known kind that is no model."""
     if (folder / "adapter_config.json").is_file():
-        wrong = "is a LoRA adapter, not a model; merge it into its base model and use the merged folder"
-        raise LoadError(folder, wrong)
+        raise LoadError(
+            folder, "is a LoRA adapter, not a model; merge it into its base model and use the merged folder"
+        )
     if any(folder.glob("*.gguf")):
-        wrong = "holds GGUF files; make a folder of them first: scripts/weights.py convert FILE.gguf OUT"
-        raise LoadError(folder, wrong)
+        raise LoadError(
+            folder, "holds GGUF files; make a folder of them first: scripts/weights.py convert FILE.gguf OUT"
+        )
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -1,7 +1,6 @@
-"""`ModelConfig` (the blueprint of a Llama), `EngineConfig` (how it is run) and `Limits` (what one request may ask).
+"""`ModelConfig` (the shape of a Llama), `EngineConfig` (how it is run) and `Limits` (what one request may ask).
 
 Names inside are Meta's (dim, n_layers, ...); Hugging Face's config.json and Meta's params.json are translated here.
-Knows nothing of tensors; every field is checked before anything is built from it.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,20 @@ log = logging.getLogger("llama")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def _check_count(name: str, value: object, ceiling: int | None = None, needs: str = "must be") -> None:
+    if type(value) is not int or value < 1 or (ceiling is not None and value > ceiling):
+        limit = "of at least 1" if ceiling is None else f"from 1 to {ceiling}"
+        raise ConfigError(name, value, f"{needs} a whole number {limit}")
+
+
+def _check_positive(name: str, value: object, ceiling: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float(ceiling):
+        raise ConfigError(name, value, f"must be a number above 0 and below {ceiling}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama-2 model.
-
-    Raises ConfigError, naming field, value and limit, for anything this engine cannot run.
-    """
+    """The shape of a Llama-2 model. Raises ConfigError for anything this engine cannot run."""
 
     dim: int
     n_layers: int
@@ -55,13 +62,9 @@ class ModelConfig:
             "max_seq_len": 1 << 20,
         }
         for name, ceiling in ceilings.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= ceiling:
-                raise ConfigError(name, value, f"must be a whole number from 1 to {ceiling}")
+            _check_count(name, getattr(self, name), ceiling)
         for name in ("norm_eps", "rope_theta", "rope_scale"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
-                raise ConfigError(name, value, "must be a number above 0 and below 1e18")
+            _check_positive(name, getattr(self, name), "1e18")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError("n_kv_heads", self.n_kv_heads, f"must divide n_heads={self.n_heads}")
         if self.head_dim % 2:
@@ -82,17 +85,13 @@ class ModelConfig:
 
     @property
     def n_params(self) -> int:
-        per_layer = (
-            self.dim * (2 * self.q_dim + 2 * self.kv_dim)  # q, k, v, o
-            + 3 * self.dim * self.ffn_dim
-            + 2 * self.dim  # norms
-        )
-        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
-        return self.n_layers * per_layer + embeddings + self.dim
+        per_layer = 2 * self.q_dim + 2 * self.kv_dim + 3 * self.ffn_dim + 2  # rows of dim: q, k, v, o, MLP, norms
+        embeddings = self.vocab_size * (1 if self.tie_embeddings else 2)
+        return self.dim * (self.n_layers * per_layer + embeddings + 1)
 
     @classmethod
     def named(cls, name: str) -> ModelConfig:
-        """One of Meta's shapes: '7B', '13B' or '70B' (Llama 2 paper, arXiv 2307.09288)."""
+        """One of Meta's shapes: '7B', '13B' or '70B'."""
         if name not in NAMED:
             raise ConfigError("model", name, f"must be one of {', '.join(NAMED)}")
         return NAMED[name]
@@ -104,9 +103,7 @@ class ModelConfig:
         if (folder / "config.json").is_file():
             config = from_hf(read_json(folder / "config.json"))
             generation = folder / "generation_config.json"
-            if generation.is_file():
-                return _with_eos(config, read_json(generation).get("eos_token_id"))
-            return config
+            return _with_eos(config, read_json(generation).get("eos_token_id")) if generation.is_file() else config
         if (folder / "params.json").is_file():
             return from_meta(read_json(folder / "params.json"))
         raise LoadError(
@@ -114,6 +111,7 @@ class ModelConfig:
         )
 
 
+# Meta's shapes: Llama 2 paper, arXiv 2307.09288.
 NAMED = {
     "7B": ModelConfig(4096, 32, 32, 32, 128, 11008, 32000),
     "13B": ModelConfig(5120, 40, 40, 40, 128, 13824, 32000),
@@ -156,8 +154,7 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
     head_dim = raw.get("head_dim")
     if head_dim is None:
         for name in ("hidden_size", "num_attention_heads"):
-            if type(raw[name]) is not int or raw[name] < 1:
-                raise ConfigError(name, raw[name], "must be a whole number of at least 1")
+            _check_count(name, raw[name])
         if raw["hidden_size"] % n_heads:
             raise ConfigError("num_attention_heads", n_heads, f"must divide hidden_size={raw['hidden_size']}")
         head_dim = raw["hidden_size"] // n_heads
@@ -186,25 +183,22 @@ def from_hf(raw: dict[str, Any]) -> ModelConfig:
 def from_meta(raw: dict[str, Any]) -> ModelConfig:
     """Meta's params.json. Llama 2's files leave out the context (4096) and write the vocabulary as -1 (32,000)."""
     for name in ("dim", "n_layers", "n_heads"):
-        if type(raw.get(name)) is not int or raw[name] < 1:
-            raise ConfigError(name, raw.get(name), "params.json needs a whole number of at least 1")
-    dim, multiple = raw["dim"], raw.get("multiple_of", 256)
-    if type(multiple) is not int or multiple < 1:
-        raise ConfigError("multiple_of", multiple, "must be a whole number of at least 1")
-    if dim % raw["n_heads"]:
-        raise ConfigError("n_heads", raw["n_heads"], f"must divide dim={dim}")
+        _check_count(name, raw.get(name), needs="params.json needs")
+    dim, n_heads, n_kv_heads = raw["dim"], raw["n_heads"], raw.get("n_kv_heads")
+    multiple = raw.get("multiple_of", 256)
+    _check_count("multiple_of", multiple)
+    if dim % n_heads:
+        raise ConfigError("n_heads", n_heads, f"must divide dim={dim}")
     factor = 1.0 if raw.get("ffn_dim_multiplier") is None else raw["ffn_dim_multiplier"]
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e6:
-        raise ConfigError("ffn_dim_multiplier", factor, "must be a number above 0 and below 1e6")
+    _check_positive("ffn_dim_multiplier", factor, "1e6")
     # The feed-forward width as in Meta's own model code: 2/3 of 4 * dim, times the multiplier, rounded up.
     ffn_dim = int(factor * (2 * 4 * dim // 3))
-    n_kv_heads = raw.get("n_kv_heads")
     return ModelConfig(
         dim=dim,
         n_layers=raw["n_layers"],
-        n_heads=raw["n_heads"],
-        n_kv_heads=raw["n_heads"] if n_kv_heads is None else n_kv_heads,
-        head_dim=dim // raw["n_heads"],
+        n_heads=n_heads,
+        n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads,
+        head_dim=dim // n_heads,
         ffn_dim=-(-ffn_dim // multiple) * multiple,
         vocab_size=32000 if raw.get("vocab_size", -1) == -1 else raw["vocab_size"],
         norm_eps=raw.get("norm_eps", 1e-5),
@@ -217,8 +211,7 @@ def _with_eos(config: ModelConfig, eos: Any) -> ModelConfig:
     """config with the end-of-sequence ids that a file names: an int, a list, or nothing."""
     if eos is None:
         return config
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return ModelConfig(**{**values, "eos_ids": tuple(eos) if isinstance(eos, list) else (eos,)})
+    return replace(config, eos_ids=tuple(eos) if isinstance(eos, list) else (eos,))
 
 
 @dataclass(frozen=True)
@@ -261,11 +254,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         ceilings = {"slots": 1 << 16, "block_size": 1024, "max_batch_tokens": 1 << 20, "max_batch_seqs": 1 << 16}
         for name, ceiling in ceilings.items():
-            value = getattr(self, name)
-            if value is None and name == "block_size":
-                continue
-            if type(value) is not int or not 1 <= value <= ceiling:
-                raise ConfigError(name, value, f"must be a whole number from 1 to {ceiling}")
+            if name != "block_size" or self.block_size is not None:
+                _check_count(name, getattr(self, name), ceiling)
         for name in ("kv_memory", "max_seq_len", "threads"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):

@@ -32,8 +32,7 @@ class Delivery:
         self._finish = finish
 
     def add(self, mailbox: Mailbox, sequences: list[tuple[Sequence, Detokenizer | None]]) -> None:
-        for seq, detokenizer in sequences:
-            self.tracks[seq] = Track(mailbox, detokenizer)
+        self.tracks |= {seq: Track(mailbox, detokenizer) for seq, detokenizer in sequences}
 
     def drop(self, mailbox: Mailbox) -> list[Sequence]:
         """Forget the sequences of a mailbox, and return them."""
@@ -48,9 +47,9 @@ class Delivery:
         self.tracks.clear()
 
     def deliver(self, plan: Plan, result: StepResult, number: int, started: float, seconds: float) -> None:
-        """Turn a committed step's tokens into text, hand them over, then wake each reader once.
+        """Turn the tokens of committed step `number` into text, hand them over, then wake each reader once.
 
-        number: of the step. started: when it was planned, by time.monotonic(). seconds: that it took.
+        started: when it was planned, by time.monotonic(). seconds: that it took.
         """
         now = time.monotonic()
         mailboxes: dict[Mailbox, None] = {}
@@ -104,7 +103,7 @@ class Delivery:
 
 
 def _release(track: Track, delta: Delta, ended: bool) -> None:
-    """Let the tokens go whose offsets are certain: nothing that a stop string may still cut lies before them."""
+    """Move tokens from `held` to the delta: those that no stop string can cut any more."""
     detokenizer, held = track.detokenizer, track.held
     count = len(held)
     if detokenizer is not None and not ended:

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,6 @@ from llama.detokenizer import Detokenizer
 from llama.errors import EngineClosed, EngineDead, InvalidRequest
 from llama.loop import EngineLoop
 from llama.request import Request, SamplingParams, check_request
-from llama.runner import Runner
 from llama.scheduler import Scheduler
 from llama.sequence import FinishReason, Sequence, TokenLogprobs, choice_seed
 from llama.setup import Setup, build_runner, resolve
@@ -70,8 +70,7 @@ class Engine:
     """Loads a model and serves it until `close()`, the end of the `with` block, or the end of the process.
 
     model: a checkpoint folder, "demo" for the one that ships with the project, or a ModelConfig for random weights of
-    that exact shape (no tokenizer: prompts are token ids). The memory plan is logged before anything is allocated.
-    limits: what one request may ask. Attribute max_seq_len: the context that is served, in tokens.
+    that shape, which has no tokenizer. max_seq_len: the context that is served, in tokens.
     Raises ConfigError, LoadError, CheckpointError, TokenizerError.
     """
 
@@ -88,21 +87,12 @@ class Engine:
         self.max_seq_len, self.memory_plan = setup.max_seq_len, setup.memory_plan
         self.limits = limits or Limits()
         log.info("%s", self.memory_plan)
-        config, plan = setup.config, self.memory_plan
-        self._max_cached = plan.kv_tokens
-        self.slots = Slots(config.slots)
+        self.slots = Slots(setup.config.slots)
         self._pid = os.getpid()
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        pool = BlockPool(plan.num_blocks, plan.block_size, config.prefix_cache)
-        self._scheduler = Scheduler(pool, config.max_batch_tokens, config.max_batch_seqs)
-        build = partial(build_runner, setup, progress)
         started: SimpleQueue[EngineLoop | BaseException] = SimpleQueue()
-        self._thread = threading.Thread(
-            target=_thread_main,
-            args=(build, setup, self._scheduler, self._inbox, self.slots, started),
-            name="llama-engine",
-        )
-        self._thread.daemon = True
+        args = setup, progress, self._inbox, self.slots, started
+        self._thread = threading.Thread(target=_thread_main, args=args, name="llama-engine", daemon=True)
         self._thread.start()
         try:
             loop = started.get()
@@ -115,14 +105,13 @@ class Engine:
         self._loop = loop
         self.slots.expected_wait = loop.expected_wait
         # Also runs at interpreter exit, where a daemon thread inside torch would otherwise be cut off mid-step.
-        self._closer = weakref.finalize(self, _close, self.slots, self._inbox, self._loop, self._thread)
+        self._closer = weakref.finalize(self, _close, self.slots, self._inbox, loop, self._thread)
 
     def submit(self, request: Request, *, wait: float | bool | None = None, seat: Seat | None = None) -> Stream:
         """Queue a request; its tokens come out of the returned stream.
 
-        seat: a slot already taken from `slots`; None: one is taken here. wait: None = now or never, else seconds, or
-        True for as long as it takes. Raises InvalidRequest, ContextLengthExceeded, SlotsFull, EngineClosed, EngineDead;
-        the seat is given back then.
+        seat: a slot already taken from `slots`; None: one is taken here, with `wait` as in `Slots.acquire`.
+        Raises InvalidRequest, ContextLengthExceeded, SlotsFull, EngineClosed, EngineDead; the seat is given back then.
         """
         try:
             self._check_alive()
@@ -140,8 +129,11 @@ class Engine:
         # Before anything is queued: whatever interrupts us now, dropping the stream aborts the request.
         stream = Stream(mailbox)
         self._inbox.put(partial(self._loop.add, mailbox, self._sequences(request)))
-        if self._loop.closing:
-            self._check_alive(mailbox)
+        try:
+            self._check_alive()
+        except (EngineClosed, EngineDead) as error:  # it ended while the request came in
+            mailbox.fail(error)
+            raise
         return stream
 
     def generate(
@@ -163,15 +155,10 @@ class Engine:
         requests = [Request([self.encode(text)], chosen) for text, chosen in zip(prompts, each, strict=True)]
         for request in requests:
             self._check(request)
-        streams: list[Stream] = []
-        try:
-            for request in requests:
-                streams.append(self.submit(request, wait=True))
+        with ExitStack() as opened:
+            streams = [opened.enter_context(self.submit(request, wait=True)) for request in requests]
             bar = tqdm(zip(streams, requests, strict=True), total=len(requests), disable=not progress, unit="prompt")
             return [_collect(stream, list(request.prompts[0])) for stream, request in bar]
-        finally:
-            for stream in streams:
-                stream.close()
 
     def encode(self, prompt: str | SequenceOf[int]) -> list[int]:
         """Prompt ids of a text (with BOS), or the ids themselves. Raises InvalidRequest."""
@@ -184,7 +171,7 @@ class Engine:
         return self.tokenizer.encode_prompt(prompt, max_tokens=self.max_seq_len)
 
     def stats(self) -> EngineStats:
-        scheduler, loop = self._scheduler, self._loop
+        loop, scheduler = self._loop, self._loop.scheduler
         return EngineStats(
             slots=self.slots.limit,
             slots_in_use=self.slots.in_use,
@@ -221,7 +208,8 @@ class Engine:
         self.close()
 
     def _check(self, request: Request) -> None:
-        check_request(request, self.model_config.vocab_size, self.max_seq_len, self._max_cached, self.limits)
+        max_cached = self.memory_plan.kv_tokens
+        check_request(request, self.model_config.vocab_size, self.max_seq_len, max_cached, self.limits)
         stop = request.params.stop
         if stop and self.tokenizer is None:
             raise InvalidRequest("stop", list(stop), "this model has no tokenizer; use stop_token_ids")
@@ -232,7 +220,7 @@ class Engine:
         if not params.ignore_eos:
             stop_ids |= frozenset(self.model_config.eos_ids)
         for p, prompt in enumerate(request.prompts):
-            # A given seed stands for the answer to this prompt wherever it is in the list; a fresh one does not repeat.
+            # A given seed gives the same answer wherever the prompt is in the list.
             seed = secrets.randbits(63) if params.seed is None else params.seed
             room = self.max_seq_len if params.max_tokens is None else len(prompt) + params.max_tokens
             leader: Sequence | None = None
@@ -247,49 +235,44 @@ class Engine:
                     stop_ids=stop_ids,
                     leader=leader,
                 )
-                if self.setup.config.prefix_cache:
-                    leader = leader or seq
+                leader = leader or (seq if self.setup.config.prefix_cache else None)
                 sequences.append((seq, self._detokenizer(request, prompt)))
         return sequences
 
     def _detokenizer(self, request: Request, prompt: SequenceOf[int]) -> Detokenizer | None:
         if self.tokenizer is None:
             return None
-        vocabulary = self.tokenizer.vocabulary
-        skip = request.chat or vocabulary.is_blank(prompt)
-        return Detokenizer(vocabulary, skip_first_mark=skip, stop=tuple(request.params.stop))
+        skip = request.chat or self.tokenizer.vocabulary.is_blank(prompt)
+        return Detokenizer(self.tokenizer.vocabulary, skip_first_mark=skip, stop=tuple(request.params.stop))
 
     def _abort(self, mailbox: Mailbox) -> None:
         self._inbox.put(partial(self._loop.abort, mailbox))
 
-    def _check_alive(self, mailbox: Mailbox | None = None) -> None:
-        """Raise if nothing will be served; a request that slipped in while the engine ended gets the error itself."""
-        error: Exception | None = None
+    def _check_alive(self) -> None:
+        """Raises EngineDead or EngineClosed if nothing will be served any more."""
         if os.getpid() != self._pid:
-            error = EngineDead("this engine was made before fork(); make one in the child process")
-        elif self._loop.error is not None:
-            error = EngineDead(f"the engine stopped: {self._loop.error!r}")
-        elif self._loop.closing:
-            error = EngineClosed("the engine is closed")
-        if error is not None:
-            if mailbox is not None:
-                mailbox.fail(error)
-            raise error
+            raise EngineDead("this engine was made before fork(); make one in the child process")
+        if self._loop.error is not None:
+            raise EngineDead(f"the engine stopped: {self._loop.error!r}")
+        if self._loop.closing:
+            raise EngineClosed("the engine is closed")
 
 
 def _thread_main(
-    build: Callable[[], Runner],
     setup: Setup,
-    scheduler: Scheduler,
+    progress: bool,
     inbox: SimpleQueue[Callable[[], None]],
     slots: Slots,
     started: SimpleQueue[EngineLoop | BaseException],
 ) -> None:
-    """The engine thread: it loads the weights itself, so that it owns every tensor from the first."""
+    """The engine thread. It loads the weights itself, so that it owns every tensor."""
+    config, plan = setup.config, setup.memory_plan
     try:
         if setup.device.type == "cuda":
             torch.cuda.set_device(setup.device)  # Triton launches on the thread's current device
-        loop = EngineLoop(scheduler, build(), inbox, setup.async_scheduling)
+        pool = BlockPool(plan.num_blocks, plan.block_size, config.prefix_cache)
+        scheduler = Scheduler(pool, config.max_batch_tokens, config.max_batch_seqs)
+        loop = EngineLoop(scheduler, build_runner(setup, progress), inbox, setup.async_scheduling)
     except BaseException as error:
         started.put(error)
         return

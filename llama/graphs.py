@@ -1,16 +1,14 @@
 """`GraphExecutor`: decodes and steps with short prompts as CUDA graphs, which cost one launch from the host each.
 
-A graph replays fixed kernels on fixed addresses. So it has input buffers of its own that a step overwrites, and what
-the step leaves of them is padding, which reaches no result. The work of a row is found on the device from its length,
-so a graph serves every length. There is one for each bucket of rows, sequences and tiles of prompts; decodes take the
-buckets without tiles. A step of more tokens than the largest bucket computes longer than its launches take.
+A graph replays fixed kernels on fixed addresses. So a step overwrites input buffers, and what it leaves of them is
+padding, which reaches no result. The device finds the work of a row from its length, so a graph serves every length.
+There is one for each bucket of rows, sequences and tiles of prompts; decodes take the buckets without tiles.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -31,8 +29,8 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 
 DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 PROMPT_SIZES = (16, 64, 128, 192, 256)
-# Sequences and tiles of the buckets for prompts. For what a step does not use of them, every layer starts programs that
-# find nothing to do; and the more sequences, the fewer programs share the keys of each.
+# Sequences and tiles of the buckets for prompts. Every layer starts programs for unused ones, too; and the more
+# sequences, the fewer programs share the keys of each.
 _PROMPT_SEQS_AND_TILES = ((4, 8), (12, 12), (32, 16))
 
 
@@ -47,10 +45,8 @@ class Bucket(NamedTuple):
         return n_rows <= self.n_rows and n_seqs <= self.n_seqs and n_tiles <= self.n_tiles
 
 
-@dataclass(frozen=True, slots=True)
-class StepInputs(Generic[Array]):
-    """What a captured step reads, on the host or on the device. int64 but for the last four, of `kernels.plan_capture`,
-    which are int32."""
+class StepInputs(NamedTuple, Generic[Array]):
+    """What a captured step reads, on the host or on the device: int64, the last four int32."""
 
     token_ids: Array  # [n_rows]
     positions: Array  # [n_rows]
@@ -67,16 +63,9 @@ class StepInputs(Generic[Array]):
 class StepGraph:
     """The graph of one bucket."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        cache: KVCache,
-        device: torch.device,
-        max_seq_len: int,
-        capture: Capture,
-        bucket: Bucket,
-    ) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, capture: Capture, bucket: Bucket) -> None:
         n_rows, n_seqs, n_tiles = bucket
+        max_seq_len = len(model.cos_sin)
         blank: StepInputs[np.ndarray] = StepInputs(
             token_ids=np.zeros(n_rows, np.int64),
             positions=np.zeros(n_rows, np.int64),
@@ -89,14 +78,13 @@ class StepGraph:
             block_tables=np.zeros((n_seqs, -(-max_seq_len // cache.block_size)), np.int32),
             tiles=np.array([(0, -1)] * n_tiles, np.int32).reshape(-1, 2),
         )
-        self._buffer = kernels.PinnedBuffer(device, *(getattr(blank, field.name) for field in fields(blank)))
-        self._host: StepInputs[np.ndarray] = StepInputs(*self._buffer.arrays)
-        self._device: StepInputs[Tensor] = StepInputs(*self._buffer.tensors)
-        inputs = self._device
+        self._buffer = kernels.PinnedBuffer(model.embedding.device, *blank)
+        self._host, inputs = StepInputs(*self._buffer.arrays), StepInputs(*self._buffer.tensors)
         attention = kernels.plan_capture(
             inputs.cu_seqlens_q, inputs.seqlens_k, inputs.block_tables, inputs.tiles, n_rows, max_seq_len
         )
         # What the graph reads must outlive it.
+        self._device = inputs
         self._batch = Batch(inputs.token_ids, inputs.positions, inputs.kv_index, attention, inputs.logit_rows)
         self._replay = capture(lambda: model.logits(model.forward(self._batch, cache)))
 
@@ -105,8 +93,7 @@ class StepGraph:
         self._buffer.wait()
         _fill(self._host, step)
         self._buffer.send()
-        n_unread = len(step.unread)
-        if n_unread and last is not None:
+        if (n_unread := len(step.unread)) and last is not None:
             inputs = self._device
             last.fill(inputs.token_ids, inputs.unread_rows[:n_unread], inputs.unread_sources[:n_unread])
         return self._replay()[: len(step.sampled)]
@@ -128,7 +115,7 @@ def _fill(inputs: StepInputs[np.ndarray], step: Step) -> None:
 class GraphExecutor:
     """Serves steps of up to `max_seqs` decodes, or up to `max_tokens` tokens of up to 32 sequences (both at most 256).
 
-    make: captures the graph of a bucket. That is done when it is first needed, or by `capture_all`.
+    make: captures the graph of a bucket, when it is first needed or in `capture_all`.
     """
 
     def __init__(self, make: Callable[[Bucket], StepGraph], max_seqs: int, max_tokens: int) -> None:
@@ -175,18 +162,13 @@ class GraphExecutor:
             try:
                 self._graphs[bucket] = self._make(bucket)
             except torch.OutOfMemoryError as error:
-                log.warning(
-                    "no memory for a graph of %d tokens of %d sequences: %s", bucket.n_rows, bucket.n_seqs, error
-                )
+                log.warning("no memory for a graph of %d tokens of %d sequences: %s", *bucket[:2], error)
                 self._graphs[bucket] = None
         return self._graphs[bucket]
 
 
 def capture_cuda() -> Capture:
-    """Capture into CUDA graphs that share their memory: what one computes may lie where another has its logits.
-
-    For that they are captured on one stream, and the largest first.
-    """
+    """Capture into CUDA graphs that share their memory, so on one stream, and the largest first."""
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:

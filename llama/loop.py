@@ -1,7 +1,7 @@
 """`EngineLoop`: what the engine thread does. It owns every tensor, the pool and all sequences, and waits for no caller.
 
-A step is schedule, launch, commit, deliver. Other threads reach it only through `inbox`, a queue of calls to make.
-A fault in one request ends that request; an error that cannot be pinned on one ends the engine.
+Other threads reach it only through `inbox`, a queue of calls to make. A fault in one request ends that request; an
+error that cannot be pinned on one ends the engine.
 
 With async_scheduling, step t + 1 is planned and launched before step t is committed and delivered, so that the device
 never waits for Python. A step whose tokens the next plan depends on (`Plan.needs_sync`) is read at once.
@@ -13,9 +13,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from typing import Protocol
+from queue import SimpleQueue
+from typing import NamedTuple, Protocol
 
 from llama.delivery import Delivery
 from llama.detokenizer import Detokenizer
@@ -41,8 +40,7 @@ class StepRunner(Protocol):
     def launch(self, plan: Plan) -> Pending: ...
 
 
-@dataclass(slots=True)
-class LaunchedStep:
+class LaunchedStep(NamedTuple):
     """A step under way. started: when it was planned, by time.monotonic()."""
 
     plan: Plan
@@ -51,10 +49,8 @@ class LaunchedStep:
 
 
 class EngineLoop:
-    """on_step, when set, is called in the engine thread before every step; the seam for audits and fault injection.
-
-    step_seconds: moving average of step time, weight 0.1.
-    """
+    """on_step: called in the engine thread before every step, for audits and fault injection. step_seconds: moving
+    average of step time, weight 0.1."""
 
     def __init__(
         self,
@@ -84,12 +80,10 @@ class EngineLoop:
             # Without its frames, which would keep the weights and the cache alive.
             self.error = error.with_traceback(None)
             error.__context__ = error.__cause__ = None
-        reason = (
-            EngineDead(f"the engine stopped: {self.error!r}") if self.error else EngineClosed("the engine was closed")
-        )
         self.closing = True
-        self._take_late_ones()
-        self.delivery.fail_all(reason)
+        self._take_late_messages()
+        stopped = f"the engine stopped: {self.error!r}"
+        self.delivery.fail_all(EngineDead(stopped) if self.error else EngineClosed("the engine was closed"))
         self.under_way.clear()
 
     def step(self) -> None:
@@ -108,18 +102,15 @@ class EngineLoop:
         elif not self.under_way:
             raise RuntimeError("sequences wait, none runs, and none can be admitted")
         n_ahead = 1 if self.async_scheduling and plan.seqs and not plan.needs_sync else 0
-        while len(self.under_way) > n_ahead:
-            launched = self.under_way.popleft()
-            self._commit_and_deliver(launched.plan, launched.pending.result(), launched.started)
+        self._read_all_but(n_ahead)
 
     def expected_wait(self, rank: int = 0) -> float:
         """Seconds until rank + 1 sequences have ended, if steps go on as they do. From any thread.
 
-        Sequences that are not here yet are taken to be as long as the longest one. With none here, or before the first
-        step, it is a second.
+        Sequences still to come are taken to be as long as the longest one. Without any, or before the first step: 1.
         """
         seqs = [*self.scheduler.running.copy(), *self.scheduler.waiting.copy()]
-        left = sorted([seq.max_len - len(seq.token_ids) for seq in seqs])
+        left = sorted(seq.max_len - len(seq.token_ids) for seq in seqs)
         if not left or not self.step_seconds:
             return 1.0
         rounds, place = divmod(rank, len(left))
@@ -146,24 +137,23 @@ class EngineLoop:
             if pool.n_free != pool.n_usable:
                 raise RuntimeError(f"{pool.n_usable - pool.n_free} blocks are held although no sequence is left")
             self.inbox.get()()
-        while not self.closing:
-            try:
-                message = self.inbox.get_nowait()
-            except Empty:
-                break
-            message()
+        while not self.closing and not self.inbox.empty():  # nobody else takes messages out
+            self.inbox.get()()
         self.last_beat = time.monotonic()
         return not self.closing
 
-    def _take_late_ones(self) -> None:
-        """Requests that came in behind the message that ended the loop; they get its error like all others."""
-        while True:
+    def _take_late_messages(self) -> None:
+        """Requests that came in after the message that ended the loop; they get its error like all others."""
+        while not self.inbox.empty():
             try:
-                self.inbox.get_nowait()()
-            except Empty:
-                return
+                self.inbox.get()()
             except Exception:
                 log.exception("a message that came after the end of the engine")
+
+    def _read_all_but(self, n_ahead: int) -> None:
+        while len(self.under_way) > n_ahead:
+            plan, pending, started = self.under_way.popleft()
+            self._commit_and_deliver(plan, pending.result(), started)
 
     def _commit_and_deliver(self, plan: Plan, result: StepResult, started: float) -> None:
         for i, token in enumerate(result.tokens):
@@ -182,9 +172,7 @@ class EngineLoop:
         """After a launch that raised: run the plan in parts, and end the requests that fail alone."""
         _raise_if_lost(error)
         # Read what is under way first: it may end some of these sequences, and then all tokens are known.
-        while self.under_way:
-            launched = self.under_way.popleft()
-            self._commit_and_deliver(launched.plan, launched.pending.result(), launched.started)
+        self._read_all_but(0)
         living = plan.living()
         culprits: list[tuple[Sequence, RequestFailed]] = []
         result = self._run(living, culprits)

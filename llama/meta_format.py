@@ -1,9 +1,9 @@
-"""Meta's checkpoints, `consolidated.NN.pth` and params.json, as tensors under Hugging Face's names and in their layout.
+"""Meta's checkpoints, `consolidated.NN.pth`, as tensors under Hugging Face's names and in their layout.
 
-A matrix is cut into as many parts as there are files, along its outputs or its inputs. Rotary embedding turns pairs of
-rows of q and k: (0, 1), (2, 3), ... of each head here, (0, half), (1, half + 1), ... in Hugging Face's files (arXiv
-2104.09864 leaves the choice open). A .pth is a zip file with one pickle, which is never run: it may name only what
-weights need, torch opens it with weights_only=True, and the bytes are read here.
+A matrix is cut into as many parts as there are files, along its outputs or its inputs. Rotary embedding (arXiv
+2104.09864) turns pairs of rows of q and k: (0, 1), (2, 3), ... of each head here, (0, half), (1, half + 1), ... in
+Hugging Face's files. A .pth is a zip file with one pickle, which is never run: it may name only what weights need, and
+torch opens it with weights_only=True.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from llama.weight_names import weight_names
 _PART = re.compile(r"consolidated\.(\d\d)\.pth")
 # What the pickle of a state dict names. Anything else may be a program.
 _GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch [A-Za-z0-9]+Storage")
-# Llama-2 70B's has 100 kB.
-_MAX_PICKLE = 4 << 20
+_MAX_PICKLE = 4 << 20  # many times what Llama-2 70B's needs
 _LEGACY = (
     "Meta's files come from torch.save as zip files; open it where it was made and save it again, or use safetensors"
 )
@@ -48,10 +47,11 @@ def to_interleaved(rows: Tensor, head_dim: int) -> Tensor:
 def part_files(folder: Path) -> list[Path]:
     """consolidated.00.pth, 01, ... of a folder; empty if there is none. Raises LoadError for a gap."""
     numbers = sorted(int(match[1]) for path in folder.iterdir() if (match := _PART.fullmatch(path.name)))
+    parts = [folder / f"consolidated.{i:02}.pth" for i in range(len(numbers))]
     for i, number in enumerate(numbers):
         if i != number:
-            raise LoadError(folder / f"consolidated.{i:02}.pth", "is missing, but later parts are there; download it")
-    return [folder / f"consolidated.{i:02}.pth" for i in numbers]
+            raise LoadError(parts[i], "is missing, but later parts are there; download it")
+    return parts
 
 
 def read_meta(parts: list[Path], config: ModelConfig) -> tuple[list[tuple[str, StoredTensor]], list[str]]:
@@ -59,7 +59,7 @@ def read_meta(parts: list[Path], config: ModelConfig) -> tuple[list[tuple[str, S
     table = {weight.meta: (hf, weight.split, weight.head_dim) for hf, weight in weight_names(config).items()}
     opened = [read_pth(path) for path in parts]
     tensors, problems = [], []
-    for name in {name: None for part in opened for name in part if name != "rope.freqs"}:
+    for name in dict.fromkeys(name for part in opened for name in part if name != "rope.freqs"):
         regions = [part[name] for part in opened if name in part]
         hf_name, split, head_dim = table.get(name, (name, None, 0))
         lacking = [path.name for path, part in zip(parts, opened, strict=True) if name not in part]
@@ -72,7 +72,7 @@ def read_meta(parts: list[Path], config: ModelConfig) -> tuple[list[tuple[str, S
 
 
 def parts_expected(parts: int, name: str, tensor: StoredTensor, wanted: tuple[int, ...], config: ModelConfig) -> int:
-    """How many parts this tensor's shape speaks of, if it is whole in all but number; else `parts`."""
+    """How many parts would make this tensor whole, if only parts are missing; else `parts`."""
     split = weight_names(config)[name].split
     if split is None or len(tensor.shape) != len(wanted):
         return parts
@@ -112,16 +112,10 @@ def _disagreement(regions: list[Region], split: int | None) -> str | None:
         if len(first.shape) != len(other.shape) or _without(first.shape, split) != _without(other.shape, split):
             shapes = f"shape {list(first.shape)} in {names[0]}, {list(other.shape)} in {names[1]}"
             return f"{shapes}, which do not fit together"
-        a_copy = split is None and first.dtype in FLOATS and len(first.shape) == 1
-        if a_copy and not torch.equal(_bytes(first), _bytes(other)):
+        is_copy = split is None and first.dtype in FLOATS and len(first.shape) == 1
+        if is_copy and first.read_bytes() != other.read_bytes():
             return f"differs between {names[0]} and {names[1]}"
     return None
-
-
-def _bytes(region: Region) -> Tensor:
-    whole = torch.empty(region.shape, dtype=FLOATS[region.dtype])
-    region.read_rows(0, whole)
-    return whole.view(torch.uint8)
 
 
 def _joined(regions: list[Region], split: int | None, head_dim: int) -> StoredTensor:
@@ -150,7 +144,7 @@ def _read(regions: list[Region], split: int | None, head_dim: int, first: int, o
         out.copy_(to_half_split(target, head_dim))
 
 
-# The container. torch says which tensor lies in which storage; where the storages lie in the file, the zip says.
+# The container. torch says which tensor lies in which storage, the zip file where the storages lie.
 
 
 def read_pth(path: Path) -> dict[str, Region]:
@@ -194,8 +188,7 @@ def _data_records(file: TensorFile) -> list[int]:
                 raise LoadError(path, f"holds {len(pickles)} pickles or a name twice; it must hold one of each")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise LoadError(path, "is compressed; torch.save writes plain zip files")
-            if pickles[0].file_size > _MAX_PICKLE:
-                size = pickles[0].file_size
+            if (size := pickles[0].file_size) > _MAX_PICKLE:
                 raise LoadError(path, f"has a pickle of {size} bytes; weights need less than {_MAX_PICKLE}")
             _check_pickle(path, archive.read(pickles[0]))
         folder = pickles[0].filename.removesuffix("data.pkl") + "data/"

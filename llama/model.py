@@ -1,7 +1,6 @@
-"""`Transformer`: the Llama-2 decoder (arXiv 2302.13971, 2307.09288), read from top to bottom.
+"""`Transformer`: the Llama-2 decoder (arXiv 2302.13971, 2307.09288). It knows no request and has no state but weights.
 
-Everything a step needs arrives as an argument: `forward(batch, cache)`. The model knows no request and keeps no state
-but its weights. Parameters have Meta's dimensions and our names; q/k/v and gate/up are fused.
+Parameters have Meta's dimensions and our names; q/k/v and gate/up are fused.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def layer(
     attend: Callable[[Tensor], Tensor],
     swiglu: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """One layer, written once for all ways of computing it: each gives its own norm, multiply, attend and swiglu.
+    """One layer, written once: each way of computing it gives its own norm, multiply, attend and swiglu.
 
     x: the residual stream before h is added to it; None: h is all of it. Returns the next h and x, of the same shapes.
     norm: as `kernels.rms_norm`, with its eps. attend: qkv to the results of all heads, side by side.
@@ -123,9 +122,8 @@ class Transformer:
     def _attend(self, batch: Batch, k_cache: Tensor, v_cache: Tensor, qkv: Tensor) -> Tensor:
         n_heads, head_dim = self.config.n_heads, self.config.head_dim
         q = kernels.rope_write(qkv, self.cos_sin, batch.positions, batch.kv_index, k_cache, v_cache, n_heads)
-        out = kernels.paged_attention(
-            q, k_cache, v_cache, batch.attention, head_dim**-0.5, batch_invariant=self.batch_invariant
-        )
+        scale, invariant = head_dim**-0.5, self.batch_invariant
+        out = kernels.paged_attention(q, k_cache, v_cache, batch.attention, scale, batch_invariant=invariant)
         return out.flatten(1).to(qkv.dtype)
 
 
@@ -136,8 +134,7 @@ def random_parameters(
     generator = torch.Generator(device).manual_seed(seed)
     parameters = {}
     for name, shape in parameter_shapes(config).items():
-        if name.endswith("norm"):
-            parameters[name] = torch.ones(shape, dtype=dtype, device=device)
-        else:
-            parameters[name] = torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        is_norm = name.endswith("norm")
+        parameters[name] = tensor.fill_(1) if is_norm else tensor.normal_(0, 0.02, generator=generator)
     return parameters

@@ -10,7 +10,7 @@ from typing import Any
 from llama.config import Limits
 from llama.errors import ContextLengthExceeded, InvalidRequest
 
-# Below this a temperature is greedy: dividing by it would only turn rounding noise into choices.
+# Below this a temperature is greedy: dividing by it would turn rounding noise into choices.
 GREEDY_BELOW = 1e-4
 
 # Read by the table of arguments in api, too.
@@ -23,14 +23,14 @@ RANGES: dict[str, tuple[float, float]] = {
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when a sequence ends. Raises InvalidRequest, naming the field, for a bad value.
-    How much of something is allowed is up to an engine's `Limits`: `check_request`.
+    `check_request` holds amounts to the engine's `Limits`.
 
-    max_tokens: None = the rest of the context. temperature: 0 (or below 1e-4) = greedy. top_k: -1 = off. top_p, min_p:
-    0 to 1. presence_penalty, frequency_penalty: -2 to 2, on generated tokens. repetition_penalty: above 0 to 10, on
-    prompt and generated tokens. logit_bias: token id -> -100 to 100. seed: None = a fresh one; choices of one request
-    differ in any case. stop: strings that end the text before them. stop_token_ids, ignore_eos, min_tokens: what else
-    ends a sequence, and from when. logprobs: None, or how many of the best tokens to report beside the chosen one.
-    prompt_logprobs: the same for the prompt's tokens.
+    max_tokens: None = the rest of the context. temperature: below 1e-4 = greedy. top_k: -1 = off. top_p, min_p: 0 to 1.
+    presence_penalty, frequency_penalty: -2 to 2, on generated tokens. repetition_penalty: above 0 to 10, on prompt and
+    generated tokens. logit_bias: token id -> -100 to 100. seed: None = a fresh one; choices of one request differ in
+    any case. stop: strings that end the text before them. stop_token_ids: end a sequence, as eos does unless
+    ignore_eos. min_tokens: until then, only its length ends a sequence. logprobs, prompt_logprobs: how many of the best
+    tokens to report beside each; None = no report.
     """
 
     max_tokens: int | None = None
@@ -57,15 +57,12 @@ class SamplingParams:
             raise InvalidRequest("repetition_penalty", self.repetition_penalty, "must be above 0")
         _integer("top_k", self.top_k, -1, 1 << 31)
         _integer("min_tokens", self.min_tokens, 0, 1 << 31)
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 0, 1 << 31)
-            if self.min_tokens > self.max_tokens:
-                raise InvalidRequest("min_tokens", self.min_tokens, f"is above max_tokens={self.max_tokens}")
-        if self.seed is not None:
-            _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, 1 << 31)
+        _integer("max_tokens", self.max_tokens, 0, 1 << 31, optional=True)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest("min_tokens", self.min_tokens, f"is above max_tokens={self.max_tokens}")
+        _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1, optional=True)
+        _integer("logprobs", self.logprobs, 0, 1 << 31, optional=True)
+        _integer("prompt_logprobs", self.prompt_logprobs, 0, 1 << 31, optional=True)
         if type(self.ignore_eos) is not bool:
             raise InvalidRequest("ignore_eos", self.ignore_eos, "must be True or False")
         # Copies: what was checked is what the engine thread will read.
@@ -97,11 +94,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One API call: every prompt is continued n times, so it becomes len(prompts) * n sequences that share one slot.
+    """One API call: len(prompts) * n sequences that share one slot. Sequence p * n + j is choice j of prompt p.
 
-    Sequence p * n + j is choice j of prompt p. salt: requests share cached blocks only with equal salts. chat: the
-    answer's text is decoded on its own, as Meta's chat code does, not as a continuation of the prompt's text.
-    trace: note the steps it takes part in, in its stream's `stats`.
+    salt: requests share cached blocks only with equal salts. chat: the answer's text is decoded on its own, as Meta's
+    chat code does, not as a continuation of the prompt's. trace: note its steps in its stream's `stats`.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -125,8 +121,7 @@ def check_request(request: Request, vocab_size: int, max_seq_len: int, max_cache
     max_tokens = request.params.max_tokens
     if not request.prompts:
         raise InvalidRequest("prompt", [], "at least one prompt is needed")
-    if len(request.prompts) * request.n > limits.sequences:
-        count = len(request.prompts) * request.n
+    if (count := len(request.prompts) * request.n) > limits.sequences:
         raise InvalidRequest("n", count, f"prompts x n may be at most {limits.sequences} sequences")
     for name in ("stop_token_ids", "logit_bias"):
         for token_id in getattr(request.params, name):
@@ -150,9 +145,8 @@ def check_request(request: Request, vocab_size: int, max_seq_len: int, max_cache
 
 
 def _check_amounts(params: SamplingParams, limits: Limits) -> None:
-    for name in ("logprobs", "prompt_logprobs"):
-        if getattr(params, name) is not None:
-            _integer(name, getattr(params, name), 0, limits.logprobs)
+    _integer("logprobs", params.logprobs, 0, limits.logprobs, optional=True)
+    _integer("prompt_logprobs", params.prompt_logprobs, 0, limits.logprobs, optional=True)
     for name in ("stop", "stop_token_ids", "logit_bias"):
         count, most = len(getattr(params, name)), getattr(limits, name)
         if count > most:
@@ -168,7 +162,9 @@ def _items(name: str, value: object) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _integer(name: str, value: object, low: int, high: int) -> None:
+def _integer(name: str, value: object, low: int, high: int, optional: bool = False) -> None:
+    if optional and value is None:
+        return
     if type(value) is not int or not low <= value <= high:
         raise InvalidRequest(name, value, f"must be a whole number from {low} to {high}")
 

@@ -1,8 +1,8 @@
-"""`Runner`: weights, cache and sampler in one hand. `launch(plan)` starts a step; only the engine thread calls it.
+"""`Runner`: weights, cache and sampler. `launch(plan)` starts a step; only the engine thread calls it.
 
-On CUDA nothing in a launch waits for the device: inputs come from pinned memory, results go there. A planned token that
-its sequence does not have yet is the one sampled by the previous step; it is read on the device. So the next step can
-be launched while one runs.
+On CUDA no launch waits for the device, so the next step can be launched while one runs: inputs come from pinned memory,
+results go there. A planned token that its sequence does not have yet is the one sampled by the previous step; it is
+read on the device.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Executor(Protocol):
 class PlainExecutor:
     """Serves every step, operation by operation; the only one that reports on prompts."""
 
-    def __init__(self, model: Transformer, cache: KVCache, device: torch.device) -> None:
-        self.model, self.cache, self.device = model, cache, device
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        self.model, self.cache, self.device = model, cache, model.embedding.device
 
     def serves(self, step: Step) -> bool:
         return True
@@ -106,24 +106,20 @@ class Runner:
         self,
         model: Transformer,
         cache: KVCache,
-        device: torch.device,
         executors: SequenceOf[Executor] = (),
         threads: int = 1,
         one_thread_rows: int = 0,
     ) -> None:
-        self.model, self.cache, self.device = model, cache, device
-        self.executors: list[Executor] = [*executors, PlainExecutor(model, cache, device)]
+        self.model, self.cache = model, cache
+        self.executors: list[Executor] = [*executors, PlainExecutor(model, cache)]
         self.threads, self.one_thread_rows = threads, one_thread_rows
-        self.sampler = Sampler(device)
+        self.sampler = Sampler(model.embedding.device)
         self._tables = BlockTables()
         self._last: LastStep | None = None
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> PendingStep:
-        """Start computing the plan's tokens and sampling one for each sequence that yields one.
-
-        Tokens that the plan computes and its sequences lack are those that the last launched step yields.
-        """
+        """Start computing the plan's tokens and sampling one for each sequence that yields one."""
         step, sampled, done = Step.of(plan, self._tables, self.cache.block_size, self._last), None, None
         self._set_threads(step.n_rows)
         executor = next(executor for executor in self.executors if executor.serves(step))
@@ -133,7 +129,7 @@ class Runner:
             seqs = [plan.seqs[i] for i in step.sampled]
             sampled = self.sampler.sample(logits, seqs, [plan.firsts[i] + plan.counts[i] for i in step.sampled])
             self._last = LastStep(sampled.device_ids, seqs)
-        if self.device.type == "cuda":
+        if self.sampler.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
         return PendingStep(step, sampled, done)

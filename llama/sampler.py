@@ -37,11 +37,11 @@ class RowParams:
 class Report:
     """Logprobs of one token per row, on their way to the host: token ids, their logprobs, the best ids, theirs."""
 
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    tensors: tuple[Tensor, ...]
     wanted: list[int | None]
 
     def read(self) -> list[TokenLogprobs | None]:
-        """One entry per row, None where wanted[row] is. Only once the device is through with what it takes."""
+        """One entry per row, None where wanted[row] is. Call it when the device has computed the step."""
         columns = zip(*(tensor.tolist() for tensor in self.tensors), self.wanted, strict=True)
         return [
             None if n is None else TokenLogprobs(token, value, list(zip(best[:n], values[:n], strict=True)))
@@ -51,16 +51,14 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The drawn tokens: on the device, for the next step to go on with, and on their way to the host."""
+    """The drawn tokens: on the device, for the next step, and on their way to the host."""
 
     device_ids: Tensor
     ids: Tensor
     report: Report | None
 
     def read(self) -> tuple[list[int | None], list[TokenLogprobs | None]]:
-        """Tokens, -1 where the best logit is not finite, and logprobs, None where they were not asked for.
-
-        Only once the device is through with what it takes."""
+        """Tokens, -1 where the best logit is not finite, and logprobs, as `Report.read`."""
         ids = self.ids.tolist()
         return ids, [None] * len(ids) if self.report is None else self.report.read()
 
@@ -120,24 +118,17 @@ class Sampler:
             if seq.params.penalised:
                 entries += [(row, *entry) for entry in _penalties(seq, position)]
         if entries:
-            row_ids, token_ids, bias, repetition, subtract = zip(*entries, strict=True)
-            changes = kernels.to_device(
-                self.device,
-                np.array(row_ids, np.int64),
-                np.array(token_ids, np.int64),
-                np.array(bias, np.float32),
-                np.array(repetition, np.float32),
-                np.array(subtract, np.float32),
+            dtypes = np.int64, np.int64, np.float32, np.float32, np.float32
+            columns = (
+                np.array(column, dtype) for column, dtype in zip(zip(*entries, strict=True), dtypes, strict=True)
             )
-            kernels.apply_penalties(logits, *changes)
+            kernels.apply_penalties(logits, *kernels.to_device(self.device, *columns))
 
 
 def _penalties(seq: Sequence, position: int) -> list[tuple[int, float, float, float]]:
     """(token, bias, repetition, subtract) for every token whose logit changes."""
     p = seq.params
-    counts: Counter[int] = Counter()
-    if p.presence_penalty or p.frequency_penalty:
-        counts = Counter(seq.token_ids[seq.n_prompt :])
+    counts = Counter(seq.token_ids[seq.n_prompt :] if p.presence_penalty or p.frequency_penalty else [])
     repeated = set(seq.token_ids) if p.repetition_penalty != 1.0 else set()
     banned = seq.stop_ids if position - seq.n_prompt < p.min_tokens else frozenset[int]()
     return [
@@ -153,6 +144,5 @@ def _penalties(seq: Sequence, position: int) -> list[tuple[int, float, float, fl
 
 def report_logprobs(logits: Tensor, token_ids: Tensor, wanted: list[int | None], n_top: int) -> Report:
     """Logprobs of one token per row and of the best ones; wanted[row] = how many, None = no report for the row."""
-    chosen, top_ids, top = kernels.token_logprobs(logits, token_ids, n_top)
-    to_host = kernels.to_host
-    return Report((to_host(token_ids), to_host(chosen), to_host(top_ids), to_host(top)), wanted)
+    tensors = token_ids, *kernels.token_logprobs(logits, token_ids, n_top)
+    return Report(tuple(map(kernels.to_host, tensors)), wanted)

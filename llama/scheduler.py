@@ -9,10 +9,10 @@ a chunk of a prompt and a decoded token are the same thing. Running sequences go
 arrival. When blocks run out the youngest running sequence gives its own back and waits at the front with its tokens
 kept; the oldest is never preempted, so some request always progresses.
 
-A step may be planned while the one before it runs: a sequence then computes the token that it is about to yield. That
-token may end it. Then its row in the next step is computed for nothing and `commit` skips it. Freed blocks may be
-reused at once: the device runs steps in order, so the new owner writes after the old one. Only blocks that a committed
-step has filled are published to the prefix cache.
+A step may be planned while the one before it runs: a sequence then computes the token that it is about to yield. If
+that token ends it, its row is computed for nothing and `commit` skips it. Freed blocks may be reused at once: the
+device runs steps in order, so the new owner writes after the old one. Only blocks that a committed step has filled are
+published to the prefix cache.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ MAX_PREEMPTIONS = 3
 class Plan:
     """seqs[i] computes counts[i] tokens from position firsts[i] on; yields[i]: it yields a token then.
 
-    Decodes (one token computed, one yielded) come first. A planned token that its sequence does not have yet, right
-    behind those that it has, is the one that the step before yields.
+    Decodes (one token computed, one yielded) come first. A token that its sequence lacks is the one that the step
+    before yields.
     """
 
     seqs: list[Sequence] = field(default_factory=list)
@@ -72,11 +72,8 @@ class Plan:
 
 
 class Scheduler:
-    """Owns the pool and every unfinished sequence. `add` and `finish` come at any time.
-
-    Each plan that is not empty is committed, in order, before the next but one is made. `schedule` counts what it plans
-    as computed (`num_computed`); `commit` brings the tokens.
-    """
+    """Owns the pool and every unfinished sequence. Each plan that is not empty is committed, in order, before the next
+    but one is made. `schedule` counts what it plans as computed (`num_computed`); `commit` brings the tokens."""
 
     def __init__(self, pool: BlockPool, max_batch_tokens: int, max_batch_seqs: int) -> None:
         self.pool = pool
@@ -132,10 +129,7 @@ class Scheduler:
         return plan
 
     def commit(self, plan: Plan, new_tokens: list[int | None]) -> None:
-        """Take in a step's tokens: new_tokens[i] is what plan.seqs[i] yielded, None where it yields nothing.
-
-        Sequences that ended are out of `running` and have their finish_reason set.
-        """
+        """Append new_tokens[i] to plan.seqs[i], None where it yields nothing, and finish the sequences that end."""
         self.n_committed += 1
         size = self.pool.block_size
         for seq, first, n, token in zip(plan.seqs, plan.firsts, plan.counts, new_tokens, strict=True):

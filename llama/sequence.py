@@ -1,5 +1,4 @@
-"""`Sequence`: one token stream of a request, and where its K/V lie. `num_computed` of its tokens are in the cache,
-once the steps that are planned have run."""
+"""`Sequence`: one token stream of a request, and where its K/V lie."""
 
 from __future__ import annotations
 
@@ -30,25 +29,21 @@ class TokenLogprobs:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """token_ids: the prompt, then what was generated. seed: of this sequence alone, 64 bits signed.
-
-    keys: hash keys of its first blocks, as many as are published or were found. leader: another choice of the same
-    prompt; this one starts when the leader has computed the prompt, and finds its blocks in the prefix cache.
-    max_len: tokens at which it ends with LENGTH. last_plan: the number of the last plan that it was in.
-    """
+    """leader: another choice of the same prompt. This one starts when the leader has computed the prompt, and finds its
+    blocks in the prefix cache."""
 
     request: Request
     index: int
-    token_ids: list[int]
+    token_ids: list[int]  # the prompt, then what was generated
     n_prompt: int
-    max_len: int
-    seed: int
+    max_len: int  # tokens at which it ends with LENGTH
+    seed: int  # of this sequence alone, 64 bits signed
     stop_ids: frozenset[int]
     leader: Sequence | None = None
-    num_computed: int = 0
-    last_plan: int = 0
+    num_computed: int = 0  # tokens whose K/V are in the cache once the planned steps have run
+    last_plan: int = 0  # number of the last plan that it was in
     block_table: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)  # of its first blocks, as many as are published or were found
     finish_reason: FinishReason | None = None
     num_cached: int = 0  # prompt tokens found in the prefix cache at the first admission
     preemptions: int = 0

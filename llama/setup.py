@@ -28,29 +28,29 @@ _ONE_THREAD_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Setup:
-    """model_dir: None = random weights. tokenizer: None = the model has none, and serves token ids only.
-
-    max_seq_len: the context that is served, in tokens. threads, one_thread_rows: as `Runner` takes them.
-    """
+    """What `resolve` decided."""
 
     config: EngineConfig
-    model_dir: Path | None
+    model_dir: Path | None  # None: random weights
     model_config: ModelConfig
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | None  # None: the model serves token ids only
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the weights
     batch_invariant: bool
     async_scheduling: bool
-    max_seq_len: int
+    max_seq_len: int  # the context that is served, in tokens
     memory_plan: MemoryPlan
-    threads: int
+    threads: int  # as `Runner` takes them
     one_thread_rows: int
 
 
 def resolve(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
     """Read the model's description and divide the memory. Raises ConfigError, LoadError, TokenizerError."""
-    folder = None if isinstance(model, ModelConfig) else find_model(model)
-    shape = model if isinstance(model, ModelConfig) else read_config(find_model(model))
+    if isinstance(model, ModelConfig):
+        folder, shape = None, model
+    else:
+        folder = find_model(model)
+        shape = read_config(folder)
     device = find_device(config.device)
     if config.compile and device.type != "cpu":
         raise ConfigError("compile", True, f"is for the CPU; on {device.type} steps are CUDA graphs")
@@ -76,7 +76,7 @@ def resolve(model: str | Path | ModelConfig, config: EngineConfig) -> Setup:
 
 
 def build_runner(setup: Setup, progress: bool) -> Runner:
-    """Load (or make up) the weights, allocate the cache, capture the graphs. Called in the engine thread."""
+    """Load or draw the weights, allocate the cache, capture the graphs. Called in the engine thread."""
     config, device, dtype, plan = setup.model_config, setup.device, setup.dtype, setup.memory_plan
     if setup.model_dir is None:
         parameters = random_parameters(config, dtype, device)
@@ -84,18 +84,17 @@ def build_runner(setup: Setup, progress: bool) -> Runner:
         parameters = load_parameters(setup.model_dir, config, dtype, device, progress)
     model = Transformer(config, parameters, setup.max_seq_len, setup.batch_invariant, keep_rows=setup.config.compile)
     with torch.inference_mode():
-        cache_dtype = kernels.cache_dtype(dtype, device)
-        cache = KVCache.empty(config, plan.num_blocks, plan.block_size, cache_dtype, device)
+        cache = KVCache.empty(config, plan.num_blocks, plan.block_size, kernels.cache_dtype(dtype, device), device)
     executors: list[Executor] = []
     if device.type == "cuda" and setup.config.cuda_graphs:
-        make = partial(StepGraph, model, cache, device, setup.max_seq_len, capture_cuda())
+        make = partial(StepGraph, model, cache, capture_cuda())
         graphs = GraphExecutor(make, setup.config.max_batch_seqs, setup.config.max_batch_tokens)
         with torch.inference_mode():
             graphs.capture_all(up_to=setup.config.slots)
         executors.append(graphs)
     if setup.config.compile:
         executors += compile_steps(model, cache, setup.threads, one_thread=setup.one_thread_rows > 0)
-    return Runner(model, cache, device, executors, setup.threads, setup.one_thread_rows)
+    return Runner(model, cache, executors, setup.threads, setup.one_thread_rows)
 
 
 def find_model(model: str | Path) -> Path:
@@ -130,8 +129,6 @@ def _tokenizer(folder: Path | None, config: ModelConfig) -> Tokenizer | None:
     if path is None:
         return None
     tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise TokenizerError(
-            tokenizer.path, f"has {tokenizer.vocab_size} pieces, the model's vocabulary {config.vocab_size}"
-        )
+    if (n := tokenizer.vocab_size) != config.vocab_size:
+        raise TokenizerError(path, f"has {n} pieces, the model's vocabulary {config.vocab_size}")
     return tokenizer

@@ -38,23 +38,19 @@ class _Waiter:
 
 
 class Slots:
-    """A first-come-first-served gate of `limit` seats; any thread and any event loop may ask.
+    """`limit` seats, first come first served, for any thread and any event loop. in_use: those taken.
 
-    expected_wait: seconds until a seat may be free, as far as its owner knows; told to those who are refused.
+    expected_wait: seconds until a seat may be free, as far as the owner knows; told to those who are refused.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.expected_wait: Callable[[], float] = lambda: 1.0
-        self._taken = 0
+        self.in_use = 0
         self._closed = False
         self._line: deque[_Waiter] = deque()
         # Reentrant: a Seat may be finalized by the garbage collector inside one of these very methods.
         self._lock = threading.RLock()
-
-    @property
-    def in_use(self) -> int:
-        return self._taken
 
     def acquire(self, wait: float | bool | None = None) -> Seat:
         """A seat. wait: None or False = now or never, True = for ever, else seconds. Raises SlotsFull, EngineClosed."""
@@ -93,8 +89,8 @@ class Slots:
         with self._lock:
             if self._closed:
                 raise EngineClosed("the engine is closed")
-            if self._taken < self.limit and not self._line:
-                self._taken += 1
+            if self.in_use < self.limit and not self._line:
+                self.in_use += 1
                 return None
             if not may_wait:
                 raise SlotsFull(self.limit, self.expected_wait())
@@ -125,6 +121,6 @@ class Slots:
     def _give_back(self) -> None:
         with self._lock:
             if self._line:
-                self._line.popleft().settle(True)  # the seat changes hands; `_taken` stays
+                self._line.popleft().settle(True)  # the seat changes hands; `in_use` stays
             else:
-                self._taken -= 1
+                self.in_use -= 1

@@ -1,7 +1,7 @@
 """`Stream`: the caller's end of one request, an iterator of `Delta`s for threads and for event loops.
 
-The engine thread puts deltas in and never waits for a reader; a reader takes out what has gathered. A stream nobody
-reads is bounded by the request's max_tokens. Closing it, or dropping it, aborts the request.
+The engine thread never waits for a reader. A stream nobody reads is bounded by the request's max_tokens. Closing it, or
+dropping it, aborts the request.
 """
 
 from __future__ import annotations
@@ -22,21 +22,15 @@ from llama.slots import Seat
 
 @dataclass(slots=True)
 class Delta:
-    """What one sequence gained: index = which one of the request.
-
-    token_ids, logprobs, offsets: one entry per new token (logprobs only where asked for; offsets, in characters of the
-    sequence's text, only with them). text: what is certain by now, possibly less or more than the tokens' own.
-    finish_reason: set in the last delta of the sequence, and nowhere else.
-    prompt_logprobs: in a sequence's first delta, when asked for; one entry per prompt token after the first.
-    """
+    """What sequence `index` of the request gained. Logprobs and offsets: one for each new token, when asked for."""
 
     index: int
     token_ids: list[int]
-    text: str
+    text: str  # what is certain by now, possibly less or more than the tokens' own
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    prompt_logprobs: list[TokenLogprobs] | None = None
+    offsets: list[int] = field(default_factory=list)  # in characters of the sequence's text
+    finish_reason: FinishReason | None = None  # set in the last delta of the sequence
+    prompt_logprobs: list[TokenLogprobs] | None = None  # set in the first, when asked for; the first token has none
 
 
 MAX_TRACED_STEPS = 1024
@@ -55,7 +49,7 @@ class StepTrace:
 
 @dataclass(slots=True)
 class RequestStats:
-    """Times in seconds of time.monotonic(); counts of tokens. steps: the first ones, if the request asked for them."""
+    """Times in seconds of time.monotonic(); counts of tokens. steps: the first ones, with `Request.trace`."""
 
     submitted: float
     first_scheduled: float | None = None
@@ -74,9 +68,9 @@ class RequestStats:
 
 
 class Mailbox:
-    """What the engine thread and a `Stream` share. It outlives a dropped stream, and never refers to one.
+    """What the engine thread and a `Stream` share. It never refers to the stream, and outlives a dropped one.
 
-    n_sequences: how many sequences the request has. abort: asks the engine to drop them; called at most once.
+    n_sequences: of the request. abort: asks the engine to drop them; called at most once.
     """
 
     def __init__(self, n_sequences: int, seat: Seat | None, abort: Callable[[Mailbox], None]) -> None:
@@ -92,7 +86,7 @@ class Mailbox:
         """Engine thread: hand over a delta; `wake` follows when the step's deltas are all in."""
         ends = delta.finish_reason is not None
         if ends and self.unfinished == 1:
-            self._end()  # first: a reader that has seen the end finds the slot free
+            self._end()  # before the delta: a reader that has seen the end finds the slot free
         with self._lock:
             if self.unfinished:  # else abandoned meanwhile
                 self.deltas.append(delta)
@@ -107,10 +101,8 @@ class Mailbox:
             self.wake()
 
     def abandon(self, error: BaseException | None = None) -> None:
-        """Any thread: the request is over for its reader. The slot is free at once, the blocks after the current step.
-
-        error: what the reader gets, unless it has seen the end or was to get another error.
-        """
+        """Any thread: the request is over for its reader, who gets `error` unless it has seen the end or was to get
+        another one. The slot is free at once, the blocks after the current step."""
         with self._lock:
             if self.unfinished or self.deltas:
                 self.error = self.error or error
@@ -160,8 +152,7 @@ class Mailbox:
 
 
 async def _before(timeout: float | None, awake: asyncio.Future[bool]) -> bool:
-    """Wait for a future; False if that takes longer. What `asyncio.timeout` does for any code costs several times as
-    much, which a server pays for every token."""
+    """Wait for a future; False if that takes longer. `asyncio.timeout` would cost more, for every token."""
     if timeout is None:
         return await awake
     alarm = awake.get_loop().call_later(timeout, _settle, awake, False)
@@ -177,8 +168,8 @@ def _settle(awake: asyncio.Future[bool], result: bool) -> None:
 
 
 class _Bell:
-    """Wakes the readers on one event loop. However many of them a step has served, the loop is called once: each call
-    is a system call in the engine thread, which would have to queue for the interpreter after it."""
+    """Wakes the readers on one event loop. A step calls the loop once, however many readers it has served: each call is
+    a system call in the engine thread, which must queue for the interpreter after it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
@@ -191,8 +182,7 @@ class _Bell:
         if self._rung:
             return
         self._rung = True
-        loop = self._loop()
-        if loop is not None:
+        if (loop := self._loop()) is not None:
             with suppress(RuntimeError):  # the loop was closed with its reader still waiting
                 loop.call_soon_threadsafe(self._answer)
 
@@ -206,10 +196,9 @@ _BELLS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Bell] = weakref.We
 
 
 class Stream:
-    """Iterate (`for` or `async for`) until every sequence of the request has finished.
+    """Iterate (`for` or `async for`) until every sequence of the request has finished. One reader at a time.
 
     Raises from the iterator what ended the request early: RequestFailed, EngineDead, EngineClosed, `close`'s error.
-    One reader at a time; `close()` from any thread. Dropping the object is closing it, even if it was never started.
     """
 
     def __init__(self, mailbox: Mailbox) -> None:
@@ -250,9 +239,9 @@ class Stream:
         return list(iter(self._mailbox.take, None))
 
     def close(self, error: BaseException | None = None) -> None:
-        """Abort what still runs, from any thread; again is no harm. What was not read yet is dropped.
+        """Abort what still runs and drop what was not read yet. Safe to call twice and from any thread.
 
-        error: a reader gets it, where otherwise the stream just ends; for who sets a deadline.
+        error: raised in the reader, where otherwise the stream just ends.
         """
         self._abandon.detach()
         self._mailbox.abandon(error)

@@ -1,7 +1,6 @@
 """Tensors as bytes in files: where they lie, how rows of them are read, and the safetensors header.
 
-A file is opened once and read with pread, never mapped. So one that is cut or replaced meanwhile is a `LoadError`, not
-a bus error, and host memory holds what was asked for. Knows no tensor by name.
+A file is opened once and read with pread, never mapped: one that is cut meanwhile is a `LoadError`, not a bus error.
 """
 
 from __future__ import annotations
@@ -33,11 +32,9 @@ _ITEMSIZE = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
-# A header names at most 9 tensors for each of 1,024 layers; what is longer is no checkpoint of ours.
-_MAX_HEADER = 2 << 20
+_MAX_HEADER = 2 << 20  # enough for 9 tensors in each of 1,024 layers
 _MAX_DIMENSIONS = 8
-# Bytes read at a time: a chunk is still in the processor's cache when its numbers are checked.
-CHUNK = 1 << 20
+CHUNK = 1 << 20  # bytes read at a time: still in the processor's cache when the numbers are checked
 
 
 class TensorFile:
@@ -63,7 +60,7 @@ class TensorFile:
                 n = os.preadv(self._fd, [out[done:]], offset + done)
             except (OSError, OverflowError) as error:
                 raise LoadError(self.path, f"cannot be read at byte {offset + done}: {error}") from error
-            if n == 0:
+            if not n:
                 raise LoadError(self.path, f"ends at byte {offset + done}; it was cut short while being read")
             done += n
 
@@ -93,18 +90,18 @@ class Region:
         data = out.view(torch.uint8).numpy().reshape(-1).data
         self.file.read_into(self.offset + first * row_bytes(self.shape, self.dtype), data)
 
+    def read_bytes(self) -> bytes:
+        return self.file.read(self.offset, math.prod(self.shape) * _ITEMSIZE[self.dtype])
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of a checkpoint in Hugging Face's layout, still in its files.
-
-    read(first, out): as `Region.read_rows`, both numbers of rows in multiples of `step`.
-    """
+    """A tensor of a checkpoint in Hugging Face's layout, still in its files."""
 
     shape: tuple[int, ...]
     dtype: str
     files: tuple[TensorFile, ...]
-    read: Callable[[int, Tensor], None]
+    read: Callable[[int, Tensor], None]  # (first, out) as `Region.read_rows`, both in multiples of `step` rows
     step: int = 1
 
     @property
@@ -133,8 +130,7 @@ def chunks(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
 def is_finite(tensor: Tensor) -> bool:
     """Whether no number is infinite or NaN. tensor: contiguous, on the CPU, fp32, bf16 or fp16.
 
-    The numbers are compared as integers: infinity and NaN are the largest signed ones, their negatives the largest
-    unsigned ones. Two maxima run at the speed of memory.
+    As integers, infinity and NaN are the largest signed numbers, and their negatives the largest unsigned ones.
     """
     if tensor.dtype == torch.float32:
         bits, infinity = tensor.view(torch.int32).numpy(), 0x7F800000
@@ -147,10 +143,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a safetensors file, in the order of the bytes, none of which is read. Raises LoadError.
-
-    The package `safetensors` says what a valid header is.
-    """
+    """Every tensor of a safetensors file, in the order of the bytes, none of which is read. Raises LoadError."""
     file = TensorFile(path)
 
     def fault(message: str, tensor: str | None = None) -> LoadError:
@@ -181,8 +174,8 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 def _entries(header: bytes, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> (dtype, shape), in the order of the bytes, of a file of `size` bytes. Raises SafetensorError, OSError.
 
-    The package maps what it opens. So it gets a sparse file in memory with the same header: one on disk may be cut
-    while it is mapped, which ends the process.
+    The package maps what it opens, and a file that is cut while it is mapped ends the process. So it gets a sparse file
+    in memory with the same header.
     """
     memory = os.memfd_create("safetensors")
     try:

@@ -9,18 +9,14 @@ from llama.config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class WeightName:
-    """A tensor that is rows [start, start + rows) of our `parameter`, and `meta` in Meta's files.
-
-    split: the dimension that Meta's parts cut; None: each part holds the whole. head_dim: of q and k, whose rows Meta
-    interleaves; 0 for all others.
-    """
+    """A tensor that is rows [start, start + rows) of our `parameter`."""
 
     parameter: str
     start: int
     rows: int
-    meta: str
-    split: int | None
-    head_dim: int = 0
+    meta: str  # its name in Meta's files
+    split: int | None  # the dimension that Meta's parts cut; None: each part holds the whole
+    head_dim: int = 0  # of q and k, whose rows Meta interleaves
 
 
 def weight_names(config: ModelConfig) -> dict[str, WeightName]:

@@ -1,4 +1,4 @@
-"""What steps through torch.compile have in common, on the CPU: how they are compiled, and small parts of a layer.
+"""What the compiled steps on the CPU share: how they are compiled, and small parts of a layer.
 
 Calling operators, and storing what each leaves for the next, costs a small step as much time as reading its weights.
 torch.compile (Inductor) makes one C++ function of several layers. Activations stay fp32 in it, so 16-bit models are
@@ -29,10 +29,9 @@ _numbers = itertools.count()
 
 
 def compile_isolated(function: Any, is_checked: Callable[[str, str], bool], any_threads: bool) -> Any:
-    """The function compiled, with guards only of those (name, type) that are to be checked before every call.
+    """The function compiled, with only those guards (name, type) that `is_checked` picks.
 
-    any_threads: each loop is shared by as many threads as torch has at the call. Otherwise by those that it has now,
-    and short loops are not shared.
+    any_threads: loops are shared by the threads that torch has at the call; else long ones by those that it has now.
     """
     # Copy the code object: Dynamo's recompile limit is per code object. Rename it too: Dynamo keys its dynamic-shape
     # records by function name, so a second model would get symbolic sizes.

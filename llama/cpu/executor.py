@@ -18,10 +18,8 @@ log = logging.getLogger("llama")
 
 
 class CompiledExecutor:
-    """Runs the steps that `form` serves, until it fails once; that step and later ones run operator by operator.
-
-    It may have to be compiled again, when others in the process have reset the compiler, and that may fail.
-    """
+    """Runs the steps that `form` serves until one fails, as compiling again may after a reset of the compiler by others
+    in the process. That step and later ones run operator by operator."""
 
     def __init__(self, form: OneRow | ManyRows, plain: PlainExecutor) -> None:
         self.form, self.plain, self.failed = form, plain, False
@@ -39,12 +37,12 @@ class CompiledExecutor:
 
 
 def compile_steps(model: Transformer, cache: KVCache, threads: int, one_thread: bool) -> list[CompiledExecutor]:
-    """Those that torch.compile could make, and a warning in the log for others: most often for want of a C++ compiler.
+    """Those that torch.compile could make; for others, most often for want of a C++ compiler, a warning in the log.
 
     threads: CPU threads of one operation; one_thread: steps of one row use one.
     """
     log.info("compiling steps; the first time on a machine this takes up to a minute")
-    plain, executors = PlainExecutor(model, cache, model.embedding.device), []
+    plain, executors = PlainExecutor(model, cache), []
     for kind in (OneRow, ManyRows) if cache.block_size <= MAX_BLOCK_SIZE else (OneRow,):
         # OneRow compiles its number of threads in.
         torch.set_num_threads(1 if kind is OneRow and one_thread else threads)

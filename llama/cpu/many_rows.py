@@ -1,8 +1,7 @@
 """`ManyRows`: steps of several rows on the CPU, with a few layers at a time compiled into one function.
 
-oneDNN multiplies, as on the plain path; what lies between two multiplications is a loop or two, and attention reads
-the cache where it lies (`kernels.attend_blocks`), where the plain path copies the keys of short sequences together.
-Short prompts go the same way, beside sequences that decode or alone, each token as a sequence that ends with it.
+oneDNN multiplies, as on the plain path. What lies between two multiplications is a loop or two, and attention reads the
+cache in place (`kernels.attend_blocks`). A token of a short prompt is treated as a sequence that ends with it.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from llama.model import Block, Transformer, layer
 
 # With more tokens to a block, most of what is computed for short sequences would be thrown away.
 MAX_BLOCK_SIZE = 64
-# Keys that all tokens of a step's prompts may see, in whole blocks: 120 tokens of one prompt, or 10 behind 800. The
-# plain path is quicker with more.
+# Keys that all tokens of a step's prompts may see, in whole blocks; the plain path is quicker with more.
 _PROMPT_KEYS = 8192
 # All rows are padded to the longest block list. Refuse a step that merges more blocks than so many times the keys seen.
 _MAX_PADDING = 4
@@ -94,8 +92,8 @@ def _keys_in_blocks(n_tokens: np.ndarray, size: int) -> np.ndarray:
 
 
 def _is_size(name: str, guard_type: str) -> bool:
-    """Of what guards check, sizes may change: after a `torch.compiler.reset()`, which others in the process may call,
-    functions are compiled anew for the first ones that come."""
+    """Sizes may change: others in the process may call `torch.compiler.reset()`, and then functions are compiled anew
+    for the first ones that come."""
     return guard_type == "SHAPE_ENV" or name in ("x", "rows", "blocks.rows", "blocks.tables")
 
 

@@ -1,7 +1,7 @@
 """`OneRow`: decode steps of one sequence on the CPU, with a few layers at a time compiled into one function.
 
-With one row, a step takes as long as its weights take to read. oneDNN's multiply does not read them as fast as memory
-gives them; the loops that Inductor makes do: each weight once, row by row.
+Such a step takes as long as its weights take to read. Inductor's loops read them at the speed of memory, oneDNN's
+multiply does not.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _MIN_CACHED = 2
 class OneRow:
     """model: with the rows of its weights (`keep_rows`). Constructing it compiles.
 
-    Make it, and the cache, under torch.inference_mode, as steps run: torch.compile would compile once more for tensors
-    of another kind or views of them, and the first request would wait for that.
+    Make it and the cache under torch.inference_mode, as steps run. For tensors of another kind, torch.compile would
+    compile once more, in the first request.
     """
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
@@ -83,8 +83,8 @@ def _layers_of(model: Transformer) -> Callable[..., tuple[Tensor, ...]]:
     """Some layers on one row. x: [dim] fp32. cos_sin: [head_dim]. cached: keys, then values, of each layer, [n,
     n_kv_heads, head_dim] fp32, of the tokens before.
 
-    Returns x, the same of the new token, [2 * layers, n_kv_heads, head_dim], and what several loops read: Inductor
-    stores what a function returns, and would compute the rest anew for every row of a weight.
+    Returns x, keys and values of the new token, [2 * layers, n_kv_heads, head_dim], and what several loops read: what a
+    function does not return, Inductor would compute anew for every row of a weight.
     """
     config = model.config
     head_dim, n_kv_heads = config.head_dim, config.n_kv_heads
@@ -135,10 +135,10 @@ def _head_of(model: Transformer) -> Callable[[Tensor, Tensor, Tensor], tuple[Ten
 
 
 def _multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """weight [n, k] @ x [k], written as the loop that Inductor makes of it; as a matmul it would go to oneDNN.
+    """weight [n, k] @ x [k], written as the loop that Inductor makes of it; a matmul would go to oneDNN.
 
-    An int32 weight is one of `kernels.cpu.packed_linear.pair_columns`: a shift or a mask makes fp32 numbers that fill a
-    vector register, where widening bf16 fills half of one and takes more instructions.
+    An int32 weight is one of `kernels.cpu.packed_linear.pair_columns`: a shift or a mask gives fp32 numbers in fewer
+    instructions than widening bf16.
     """
     if weight.dtype != torch.int32:
         return (weight.float() * x).sum(-1)

@@ -146,7 +146,7 @@ def serve(model: Transformer, seed: int, ahead: bool) -> Run:
     scheduler = Scheduler(pool, rng.choice([3, 16, 64]), rng.choice([2, 4, 8]))
     with torch.inference_mode():
         cache = KVCache.empty(TINY, pool.num_blocks, size, torch.float32, CPU)
-    runner = Breaking(Runner(model, cache, CPU), {id(job.request): job for job in jobs})
+    runner = Breaking(Runner(model, cache), {id(job.request): job for job in jobs})
     loop = EngineLoop(scheduler, runner, SimpleQueue(), async_scheduling=ahead)
     mailboxes = [Mailbox(job.request.n, None, loop.abort) for job in jobs]
     n_vain = calls = 0

@@ -55,9 +55,9 @@ def three_sequences(graphs: bool, ahead: bool, card: Card | None, watch: Callabl
     device = DEVICE if card else CPU
     with torch.inference_mode(), card or contextlib.nullcontext():
         model, cache = tiny_model(device)
-        make = partial(StepGraph, model, cache, device, TINY.max_seq_len)
+        make = partial(StepGraph, model, cache)
         executors = [GraphExecutor(partial(make, capture_cuda()), 8, 32)] if graphs else []
-        runner = Runner(model, cache, device, executors)
+        runner = Runner(model, cache, executors)
         loop = EngineLoop(Scheduler(BlockPool(16, 16), 64, 8), runner, SimpleQueue(), ahead)
         mailboxes = []
         for i, length in enumerate((3, 17, 9)):
@@ -181,7 +181,7 @@ def test_a_graph_of_prompts_gives_the_bits_of_the_eager_step(pieces: list[tuple[
     """Pieces across tiles of attention, single tokens beside them, and what an earlier step has left in the inputs."""
     with torch.inference_mode():
         model, cache = tiny_model(CPU)
-        graphs = GraphExecutor(partial(StepGraph, model, cache, CPU, 160, lambda step: step), 4, 16)
+        graphs = GraphExecutor(partial(StepGraph, model, cache, lambda step: step), 4, 16)
         for step in (some_step([(0, 2), (5, 1), (6, 1), (8, 1)]), some_step(pieces)):
             before = cache.whole.normal_().clone()
             assert graphs.serves(step)
