@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -97,12 +97,9 @@ class TopLogprob(Object):
     bytes: list[int] | None
 
 
-class TokenLogprob(Object):
+class TokenLogprob(TopLogprob):
     """One generated token, and the best tokens at its place, sorted by logprob, then id."""
 
-    token: str
-    logprob: float
-    bytes: list[int] | None
     top_logprobs: list[TopLogprob]
 
 
@@ -208,8 +205,12 @@ class CompletionChoice(Object):
 
 
 class Head(Object):
-    """What every answer and chunk begins with. id: equal in all chunks; created: Unix seconds."""
+    """What every answer and chunk begins with. id: equal in all chunks; created: Unix seconds.
 
+    openai_name: what `object` is, but in compat="anyscale".
+    """
+
+    openai_name: ClassVar[str] = "text_completion"
     id: str
     object: str
     created: int
@@ -222,12 +223,14 @@ class Head(Object):
 
 
 class ChatCompletion(Head):
+    openai_name = "chat.completion"
     object: Literal["chat.completion", "text_completion"]
     choices: list[ChatChoice]
     prompt_token_ids: list[int] = []
 
 
 class ChatCompletionChunk(Head):
+    openai_name = "chat.completion.chunk"
     object: Literal["chat.completion.chunk", "text_completion"]
     choices: list[ChatChunkChoice]
     prompt_token_ids: list[int] = []
