@@ -242,10 +242,9 @@ class Messages:
     def schema(self, context: Context) -> Schema:
         text = STRING.schema(context)
         role = {"type": "string", "enum": ["system", "developer", "user", "assistant"]}
-        part = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": text}}
+        part = object_schema(type={"const": "text"}, text=text)
         content = {"anyOf": [text, {"type": "array", "items": part, "minItems": 1}]}
-        message = {"type": "object", "required": ["role", "content"], "properties": {"role": role, "content": content}}
-        return _array(message, 1, context.limits.messages)
+        return _array(object_schema(role=role, content=content), 1, context.limits.messages)
 
 
 class StreamOptions:
@@ -272,7 +271,7 @@ class ResponseFormat:
             raise bad_value(f"{name}.type", value.get("type"), "must be 'text'")
 
     def schema(self, context: Context) -> Schema:
-        return {"type": "object", "required": ["type"], "properties": {"type": {"const": "text"}}}
+        return object_schema(type={"const": "text"})
 
 
 def token_id(name: str, value: Any, context: Context) -> int:
@@ -282,6 +281,11 @@ def token_id(name: str, value: Any, context: Context) -> int:
     if not 0 <= value < context.vocab_size:
         raise bad_value(name, value, f"token ids go from 0 to {context.vocab_size - 1}")
     return value
+
+
+def object_schema(**properties: Schema) -> Schema:
+    """The JSON Schema of an object whose properties are all required."""
+    return {"type": "object", "required": list(properties), "properties": properties}
 
 
 def missing(name: str) -> BadRequestError:

@@ -26,6 +26,7 @@ Seconds = float | None
 Body = Mapping[str, Any] | None
 
 
+@dataclass(frozen=True)
 class BaseEndpoint(Generic[Whole, Chunk]):
     """chat.completions or completions. `api.arguments` says what a request's fields may be.
 
@@ -34,13 +35,13 @@ class BaseEndpoint(Generic[Whole, Chunk]):
     extra_query (reported as ignored). Raises `api.errors`.
     """
 
-    def __init__(self, models: Models, endpoint: EndpointName) -> None:
-        self._models, self._endpoint = models, endpoint
+    served: Models
+    endpoint: EndpointName
 
     def _request(self, fields: dict[str, Any], extra: Body, wait: Wait, timeout: Seconds) -> Request[Whole, Chunk]:
         if extra is not None and not isinstance(extra, Mapping):
             raise bad_type("extra_body", extra, "an object")
-        return Request(self._models, self._endpoint, {**fields, **(extra or {})}, wait, timeout)
+        return Request(self.served, self.endpoint, {**fields, **(extra or {})}, wait, timeout)
 
     @overload
     async def _create_async(
@@ -103,31 +104,31 @@ class Chat(Generic[AnyEndpoint]):
     completions: AnyEndpoint
 
 
+@dataclass(frozen=True)
 class ModelNames:
     """`models`: what this client serves."""
 
-    def __init__(self, models: Models) -> None:
-        self._models = models
+    served: Models
 
     def list(self) -> schema.ModelList:
-        return schema.ModelList(object="list", data=[model.describe() for model in self._models.all()])
+        return schema.ModelList(object="list", data=[model.describe() for model in self.served.all()])
 
     def retrieve(self, model: str) -> schema.Model:
         """Raises NotFoundError."""
-        return self._models.find(model).describe()
+        return self.served.find(model).describe()
 
 
+@dataclass(frozen=True)
 class AsyncModelNames:
     """`models`, for event loops."""
 
-    def __init__(self, models: Models) -> None:
-        self._names = ModelNames(models)
+    names: ModelNames
 
     async def list(self) -> schema.ModelList:
-        return self._names.list()
+        return self.names.list()
 
     async def retrieve(self, model: str) -> schema.Model:
-        return self._names.retrieve(model)
+        return self.names.retrieve(model)
 
 
 class BaseClient:
@@ -249,7 +250,7 @@ class AsyncClient(BaseClient):
 
     @cached_property
     def models(self) -> AsyncModelNames:
-        return AsyncModelNames(self.served)
+        return AsyncModelNames(ModelNames(self.served))
 
     async def tokenize(
         self,

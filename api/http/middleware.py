@@ -30,7 +30,7 @@ from api.http.request_log import RequestLog
 access_log = logging.getLogger("api.access")
 log = logging.getLogger("api.server")
 
-# Paths that need no key: nothing they show is worth one.
+# Paths that need no key.
 OPEN = {"/": "playground", "/health": "health", "/ready": "ready"}
 ENDPOINTS = OPEN | {
     "/v1/chat/completions": "chat",
@@ -154,6 +154,7 @@ class Stalled(Exception):
     """The client has not read for too long."""
 
 
+@dataclass
 class Middleware:
     """ASGI around `app`. A route finds its request's `RequestLog` in scope["log"].
 
@@ -161,17 +162,12 @@ class Middleware:
     log of every request when its answer is out. active: requests that have not been answered to the end.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        gate: Gate,
-        limits: HttpLimits,
-        slots: Callable[[RequestLog], tuple[int, int, float]],
-        finished: Callable[[RequestLog], None],
-    ) -> None:
-        self.app, self.gate, self.limits = app, gate, limits
-        self._slots, self._finished = slots, finished
-        self.active = 0
+    app: ASGIApp
+    gate: Gate
+    limits: HttpLimits
+    slots: Callable[[RequestLog], tuple[int, int, float]]
+    finished: Callable[[RequestLog], None]
+    active: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
@@ -198,7 +194,7 @@ class Middleware:
             log.exception("request %s failed", request_log.request_id)
         finally:
             self.active -= 1
-            self._finished(request_log)
+            self.finished(request_log)
             access_log.info("%s", json.dumps(request_log.line()))
 
     async def _serve(
@@ -235,7 +231,7 @@ class Middleware:
         if request_log.client_request_id is not None:
             yield b"x-client-request-id", request_log.client_request_id.encode()
         if request_log.path.startswith("/v1/"):
-            limit, free, reset = self._slots(request_log)
+            limit, free, reset = self.slots(request_log)
             yield b"x-ratelimit-limit-requests", str(limit).encode()
             yield b"x-ratelimit-remaining-requests", str(free).encode()
             yield b"x-ratelimit-reset-requests", f"{reset:.3g}s".encode()
@@ -302,6 +298,7 @@ def _check_head(scope: Scope, request_log: RequestLog, headers: Headers, limits:
 
 
 def _no_route(error: HTTPException) -> APIStatusError:
+    """Starlette's error, 404 or 405, as one of ours."""
     if error.status_code == 405:
         headers, message = dict(error.headers or {}), "This method is not allowed here."
         return APIStatusError(message, code="method_not_allowed", status_code=405, headers=headers)

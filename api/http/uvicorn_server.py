@@ -17,14 +17,12 @@ import sys
 import time
 from collections.abc import Sequence
 from enum import IntEnum
-from functools import partial
 from types import FrameType
 from typing import Any
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.server import ServerState
 
 from api.errors import APIStatusError
 from api.http.app import App
@@ -104,24 +102,13 @@ class Connection(H11Protocol):
     ending_since: since when all is written that will be, and the client has not read it.
     """
 
-    def __init__(
-        self,
-        limits: HttpLimits,
-        config: uvicorn.Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
-        self.limits = limits
-        self.conn = BoundedConnection(limits)
-        self.waiting_since: float | None = None
-        self.ending_since: float | None = None
-        self._received = False
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.waiting_since = self.loop.time()
+        self.limits: HttpLimits = self.config.app.limits  # type: ignore[union-attr]  # HttpServer puts an `App` there
+        self.conn = BoundedConnection(self.limits)
+        self.waiting_since: float | None = self.loop.time()
+        self.ending_since: float | None = None
+        self._received = False
         if len(self.connections) > self.limits.connections:
             transport.abort()
 
@@ -185,11 +172,10 @@ class HttpServer(uvicorn.Server):
     """
 
     def __init__(self, app: App) -> None:
-        limits = app.limits
         config = uvicorn.Config(
             app,
             interface="asgi3",
-            http=partial(Connection, limits),  # type: ignore[arg-type]  # uvicorn calls it as it would call a class
+            http=Connection,
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -198,7 +184,7 @@ class HttpServer(uvicorn.Server):
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            timeout_keep_alive=int(limits.idle),
+            timeout_keep_alive=int(app.limits.idle),
             timeout_graceful_shutdown=2,
         )
         super().__init__(config)
