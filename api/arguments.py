@@ -1,8 +1,7 @@
 """What a request may say, and what becomes of it: one table, a row for each argument of OpenAI's two endpoints.
 
 An argument is honoured; or ignored, which the answer tells; or refused, where a caller would rely on it. `read` sorts
-the fields of a request by the table. /openapi.json and docs/parameters.md are made from it as well. Knows no threads
-and no slots; prompts and messages are tokenized later.
+the fields of a request by the table; /openapi.json and docs/parameters.md are made from it. Tokenizes nothing.
 """
 
 from __future__ import annotations

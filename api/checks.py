@@ -29,7 +29,7 @@ DECIMAL = re.compile(r"0|[1-9][0-9]{0,9}")
 
 @dataclass(frozen=True)
 class Context:
-    """What a value is checked against. limits: the ceilings of a request. vocab_size: token ids lie below it."""
+    """What a value is checked against. vocab_size: token ids lie below it."""
 
     endpoint: Endpoint
     limits: Limits
@@ -37,8 +37,6 @@ class Context:
 
 
 class Kind(Protocol):
-    """What the kinds below have in common."""
-
     def check(self, name: str, value: Any, context: Context) -> Any: ...
 
     def schema(self, context: Context) -> Schema: ...
@@ -124,10 +122,7 @@ class ByEndpoint:
 
 @dataclass(frozen=True)
 class Only:
-    """One of a few values, for what OpenAI offers and this engine does not do; `refusal` is told for any other.
-
-    or_nothing: values that ask for nothing pass as well.
-    """
+    """One of a few values; any other is refused with a message. or_nothing: values that ask for nothing pass, too."""
 
     values: tuple[Any, ...]
     refusal: str
@@ -228,10 +223,7 @@ class Prompts:
 
 
 class Messages:
-    """Objects with role and content, or an answer's own message object.
-
-    Order, roles and tags in the text are checked where the prompt is made.
-    """
+    """Objects with role and content, or an answer's message. `llama.chat` checks order, roles and tags in the text."""
 
     def check(self, name: str, value: Any, context: Context) -> list[Mapping[str, Any]]:
         _expect(LIST, name, value, "a list of messages")
@@ -289,7 +281,7 @@ def object_schema(**properties: Schema) -> Schema:
 
 
 def missing(name: str) -> BadRequestError:
-    """400 for a field that must be there."""
+    """400 for a field that is required."""
     return BadRequestError(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
 
 

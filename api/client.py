@@ -30,9 +30,8 @@ Body = Mapping[str, Any] | None
 class BaseEndpoint(Generic[Whole, Chunk]):
     """chat.completions or completions. `api.arguments` says what a request's fields may be.
 
-    Never part of the request itself: wait (for a slot: seconds, or True; default: what the client says), timeout
-    (seconds for the whole request, then APITimeoutError), extra_body (more fields of the request), extra_headers and
-    extra_query (reported as ignored). Raises `api.errors`.
+    wait: for a slot, seconds or True; default: the client's. timeout: seconds for the whole request, then
+    APITimeoutError. extra_body: more fields. extra_headers, extra_query: ignored, and told. Raises `api.errors`.
     """
 
     served: Models
@@ -132,15 +131,14 @@ class AsyncModelNames:
 
 
 class BaseClient:
-    """Loads `model` (a checkpoint folder, or "demo") and serves it in this process until it is closed.
+    """Loads `model` (a checkpoint folder, or "demo") and serves it in this process to any threads and event loops.
 
-    served_name: what answers call the model; default: the folder's name. aliases: further names; the folder as given is
-    always one. slots: requests in flight; a further one gets RateLimitError, or waits for a slot as `wait` says
-    (seconds, True: as long as it takes). strict: refuse what would be ignored. compat="anyscale": the shape of answers
-    of 2023. special_tags: what becomes of "[INST]" and the like in messages; "text" lets them through as text.
-    chat=False: a base model, whose chat requests are refused. limits: ceilings for one request. progress: show a bar
-    while loading. engine_options: fields of `llama.EngineConfig`; an unknown one is a TypeError.
-    Any number of threads, tasks and event loops may call one client. served: its models, with their engines.
+    served_name: the model's name in answers; default: the folder's. aliases: further names; the folder as given is
+    always one. slots: requests in flight; a further one gets RateLimitError, or waits as `wait` says (seconds, or True:
+    as long as it takes). strict: refuse what would be ignored. compat="anyscale": the shape of answers of 2023.
+    special_tags: "text" lets "[INST]" and the like in messages through as text. chat=False: a base model, whose chat
+    requests are refused. limits: ceilings for one request. progress: show a bar while loading. engine_options: fields
+    of `llama.EngineConfig`; an unknown one is a TypeError. served: the client's models, with their engines.
     """
 
     def __init__(

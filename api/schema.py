@@ -1,8 +1,8 @@
 """The objects of the OpenAI interface: what a request is answered with.
 
-`to_dict()` and `to_json()` give the wire form: the fields that were set, an explicit null among them. `model_dump()`
-adds the optional fields that were not set. Mapping access (`answer["choices"]`, `delta.get("content", "")`), as in
-2023, sees what the wire sees. A field that has a value and is not in `model_fields_set` is for callers in process only.
+The wire form (`to_dict()`, `to_json()`) has the fields that were set, an explicit null among them; `model_dump()` adds
+the optional ones that were not. Mapping access, as in 2023 (`answer["choices"]`), sees what the wire sees. A field that
+has a value and is not in `model_fields_set` is for callers in process only.
 """
 
 from __future__ import annotations

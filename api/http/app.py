@@ -1,8 +1,7 @@
 """`App`: OpenAI's routes over HTTP, as an ASGI application around one `AsyncClient`.
 
 A request here and a call of the client take the same way (fields, `Request`, `Running`, `Answer`), so their JSON is
-equal. A request holds a slot from the check of its fields until its answer is written or its client gone. Knows no
-sockets and no signals (`api.http.uvicorn_server`), and starts no server (`scripts/serve.py`).
+equal. Sockets and signals are in `api.http.uvicorn_server`; `scripts/serve.py` starts a server.
 """
 
 from __future__ import annotations
@@ -109,7 +108,6 @@ class App:
                 seat.release()
 
     def _models(self) -> list[ServedModel]:
-        """Those that are loaded."""
         return [] if self.client is None else self.client.served.all()
 
     def _slots_of_key(self, key: str) -> Slots:

@@ -1,7 +1,7 @@
 """`Middleware`: what every HTTP request passes on its way in and out, before and after any route.
 
-In: limits of the head, Host and Origin, the key. Out: the headers that every answer has, errors in OpenAI's shape, one
-log line. Denies by default: a path that is not in OPEN needs a key when there are keys, whether it exists or not.
+In: limits of the head, Host and Origin, the key. Out: headers, errors in OpenAI's shape, one log line. Where there are
+keys, a path that is not in OPEN needs one, whether it exists or not.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -84,10 +85,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class Gate:
-    """Who may come in. hosts: names that the Host header may have; None: any.
-
-    origins: of browser pages besides our own, for which CORS is switched on.
-    """
+    """Who may come in. hosts: names for the Host header; None: any. origins: of other pages, which get CORS."""
 
     keys: Keys
     hosts: tuple[str, ...] | None = LOOPBACK
@@ -139,11 +137,9 @@ class Incoming:
 
     async def discard(self, most: int, seconds: float) -> None:
         """Take what is still on its way, within bounds, so that a client that only writes gets to read the answer."""
-        try:
+        with suppress(TimeoutError, APIStatusError, ClientGone):
             async with asyncio.timeout(seconds):
                 await self.read(most)
-        except (TimeoutError, APIStatusError, ClientGone):
-            pass
 
 
 class ClientGone(Exception):
