@@ -194,7 +194,7 @@ class ChunkReader(Generic[Chunk]):
 
 
 class ChunkStream(ChunkReader[Chunk]):
-    """Iterate over the chunks; `close()` (or `cancel()`, or leaving `with`) ends the request at once."""
+    """Iterate over the chunks. `close()`, `cancel()` or leaving `with` ends the request at once."""
 
     def __iter__(self) -> Iterator[Chunk]:
         return self

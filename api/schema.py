@@ -152,7 +152,7 @@ class Explain(Object):
 
 
 class ChatMessage(Object):
-    """The fields after `refusal` are never set: this engine does not make them, but readers may look for them."""
+    """The fields after `refusal` are never set; readers may look for them."""
 
     role: Literal["assistant"]
     content: str

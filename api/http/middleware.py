@@ -108,15 +108,15 @@ class Gate:
         return headers.get(b"origin", b"").decode("latin-1") in self.origins
 
 
+@dataclass
 class Incoming:
     """The body of a request, read at most once. Wraps `receive`; `finished` says whether all of it was taken."""
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self.finished = False
+    receive: Receive
+    finished: bool = False
 
     async def __call__(self) -> Message:
-        message = await self._receive()
+        message = await self.receive()
         if message["type"] == "http.disconnect" or not message.get("more_body"):
             self.finished = True
         return message
@@ -202,7 +202,7 @@ class Middleware:
                 answer = Response(status_code=204, headers=dict(PREFLIGHT))
             else:
                 request_log.key = self.gate.check(scope, headers)
-                scope["app"] = self.app  # makes Starlette's router raise for unknown routes, and not answer
+                scope["app"] = self.app  # makes Starlette's router raise for unknown routes
                 await self.app(scope, incoming, send)
                 return
         except APIStatusError as error:
