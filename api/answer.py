@@ -1,7 +1,6 @@
 """`Answer`: what the engine delivers becomes chunks, and the same chunks become one whole answer.
 
-A streamed answer is those chunks and a whole one is folded from them, so the two can only be equal. No threads, no I/O,
-no clock.
+A whole answer is folded from the chunks that a stream would have, so the two are equal. No threads, no I/O, no clock.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from api import schema
 from api.arguments import Arguments
@@ -37,7 +36,7 @@ class Heading:
     created: int
     fingerprint: str
     compat: Compat = "openai"
-    request_id: str = field(default_factory=lambda: secrets.token_urlsafe(32))  # 43 characters
+    request_id: str = field(default_factory=lambda: secrets.token_urlsafe(32))
 
     @property
     def id(self) -> str:
@@ -46,9 +45,9 @@ class Heading:
 
 @dataclass
 class Progress:
-    """One sequence so far. blank: a chat answer's text has not begun. pending_ids: counted, not yet in a chunk.
+    """One sequence so far. frame: the JSON before and after the text of its chunks, once it is known.
 
-    frame: the JSON before and after the text of its chunks, once it is known.
+    blank: a chat answer's text has not begun. pending_ids: counted, not yet in a chunk.
     """
 
     prompt: Prompt
@@ -69,6 +68,7 @@ class Progress:
         return ids
 
 
+@dataclass(eq=False)
 class Answer(ABC, Generic[Whole, Chunk]):
     """The answer to one request, from its first delta to its last; one subclass for each endpoint.
 
@@ -76,21 +76,20 @@ class Answer(ABC, Generic[Whole, Chunk]):
     usage or `explain` are made. seed: the one that was used, where there was one for all prompts.
     """
 
-    def __init__(
-        self,
-        arguments: Arguments,
-        heading: Heading,
-        prompts: Sequence[Prompt],
-        vocabulary: Vocabulary,
-        stats: RequestStats,
-        seed: int | None = None,
-    ) -> None:
-        self.arguments, self.heading, self.prompts = arguments, heading, prompts
-        self.stats, self.seed = stats, seed
-        self._vocabulary = vocabulary
-        self._openai = heading.compat == "openai"
-        self._ids_on_wire = self._openai and arguments.return_token_ids
-        self._progress = [Progress(prompt) for prompt in prompts for _ in range(arguments.best_of)]
+    whole_type: ClassVar[type[schema.Head]]
+    chunk_type: ClassVar[type[schema.Head]]
+
+    arguments: Arguments
+    heading: Heading
+    prompts: Sequence[Prompt]
+    vocabulary: Vocabulary
+    stats: RequestStats
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self._openai = self.heading.compat == "openai"
+        self._ids_on_wire = self._openai and self.arguments.return_token_ids
+        self._progress = [Progress(prompt) for prompt in self.prompts for _ in range(self.arguments.best_of)]
         self._unfinished = len(self._progress)
         self._first = True
 
@@ -130,10 +129,10 @@ class Answer(ABC, Generic[Whole, Chunk]):
             for choice in chunk.choices:
                 parts[choice.index].append(choice)
         choices = [self._folded(index, parts[i]) for index, i in enumerate(self._best())]
-        answer = self._whole({**self._head(choices, first=True), "usage": self.usage})
+        answer = self._object(self.whole_type, choices, first=True)
+        answer.usage = self.usage
         if self.arguments.explain and self._openai:
             answer.explain = self._explain()
-        self._hide(answer)
         return answer
 
     @property
@@ -159,45 +158,30 @@ class Answer(ABC, Generic[Whole, Chunk]):
     def _folded(self, index: int, parts: list[Any]) -> Any:
         """A whole choice, from those of the chunks."""
 
-    @abstractmethod
-    def _whole(self, head: dict[str, Any]) -> Whole: ...
-
-    @abstractmethod
-    def _part(self, head: dict[str, Any]) -> Chunk: ...
-
     def _chunk(self, choices: list[Any]) -> Chunk:
-        chunk = self._part(self._head(choices, self._first))
+        chunk = self._object(self.chunk_type, choices, self._first)
         if self._openai and self.arguments.include_usage:
             chunk.usage = None
         self._first = False
-        self._hide(chunk)
         return chunk
 
-    def _head(self, choices: list[Any], first: bool) -> dict[str, Any]:
-        """The fields that answers and chunks have in common. first: with what is said once."""
+    def _object(self, kind: type[Any], choices: list[Any], first: bool) -> Any:
+        """A whole answer or a chunk. first: with what is said once."""
         heading, ignored = self.heading, self.arguments.ignored
-        head = {"id": heading.id, "object": "text_completion", "created": heading.created, "model": heading.model}
-        head["choices"] = choices
+        name = kind.openai_name if self._openai else "text_completion"
+        answer = kind(id=heading.id, object=name, created=heading.created, model=heading.model, choices=choices)
         if self._openai:
-            head["system_fingerprint"] = heading.fingerprint
+            answer.system_fingerprint = heading.fingerprint
         if not self._openai or (first and ignored):
-            head["ignored_parameters"] = ignored
-        return head
-
-    def _hide(self, made: schema.Head) -> None:
-        """Take off the wire what has a value for callers in process only: it no longer counts as set."""
-        if not self._openai:
-            made.model_fields_set.discard("ignored_parameters")
-        if not self._ids_on_wire:
-            made.model_fields_set.discard("prompt_token_ids")
+            _attach(answer, "ignored_parameters", list(ignored), on_wire=self._openai)
+        if first and self.arguments.endpoint == "chat":
+            _attach(answer, "prompt_token_ids", list(self.prompts[0].ids), on_wire=self._ids_on_wire)
+        return answer
 
     def _add_ids(self, choice: AnyChoice, generated: list[int], prompt: list[int]) -> None:
-        """Token ids: always there as attributes, on the wire where they were asked for."""
-        choice.token_ids, choice.prompt_token_ids = generated, prompt
-        if not self._ids_on_wire:
-            choice.model_fields_set.discard("token_ids")
-        if not (self._ids_on_wire and prompt and isinstance(choice, schema.CompletionChoice)):
-            choice.model_fields_set.discard("prompt_token_ids")
+        _attach(choice, "token_ids", generated, on_wire=self._ids_on_wire)
+        prompt_on_wire = self._ids_on_wire and bool(prompt) and isinstance(choice, schema.CompletionChoice)
+        _attach(choice, "prompt_token_ids", prompt, on_wire=prompt_on_wire)
 
     def _count(self, delta: Delta) -> Progress:
         progress = self._progress[delta.index]
@@ -256,17 +240,7 @@ class Answer(ABC, Generic[Whole, Chunk]):
 class ChatAnswer(Answer[schema.ChatCompletion, schema.ChatCompletionChunk]):
     """Answers of chat.completions."""
 
-    def _whole(self, head: dict[str, Any]) -> schema.ChatCompletion:
-        if self._openai:
-            head["object"] = "chat.completion"
-        return schema.ChatCompletion(prompt_token_ids=self.prompts[0].ids, **head)
-
-    def _part(self, head: dict[str, Any]) -> schema.ChatCompletionChunk:
-        if self._openai:
-            head["object"] = "chat.completion.chunk"
-        if self._first:
-            head["prompt_token_ids"] = self.prompts[0].ids
-        return schema.ChatCompletionChunk(**head)
+    whole_type, chunk_type = schema.ChatCompletion, schema.ChatCompletionChunk
 
     def _folded(self, index: int, parts: list[schema.ChatChunkChoice]) -> schema.ChatChoice:
         message = schema.ChatMessage(role="assistant", content="".join(part.delta.content or "" for part in parts))
@@ -274,7 +248,7 @@ class ChatAnswer(Answer[schema.ChatCompletion, schema.ChatCompletionChunk]):
             message.refusal = None
         choice = schema.ChatChoice(index=index, message=message, finish_reason=parts[-1].finish_reason)
         entries = [entry for part in parts if part.logprobs for entry in part.logprobs.content]
-        self._add_logprobs(choice, None if self.arguments.logprobs is None else entries)
+        self._add_logprobs(choice, entries)
         self._add_ids(choice, [i for part in parts for i in part.token_ids], parts[0].prompt_token_ids)
         return choice
 
@@ -288,8 +262,7 @@ class ChatAnswer(Answer[schema.ChatCompletion, schema.ChatCompletionChunk]):
             progress.begun = True
         if self._shows(delta):
             entries = [self._token(entry, progress) for entry in delta.logprobs]
-            shown = None if self.arguments.logprobs is None else entries
-            choices.append(self._choice(delta.index, schema.ChatDelta(content=delta.text), progress, shown))
+            choices.append(self._choice(delta.index, schema.ChatDelta(content=delta.text), progress, entries))
         if delta.finish_reason is not None:
             choices.append(self._choice(delta.index, schema.ChatDelta(), progress))
             choices[-1].finish_reason = _finish_reason(delta)
@@ -307,24 +280,21 @@ class ChatAnswer(Answer[schema.ChatCompletion, schema.ChatCompletionChunk]):
         return choice
 
     def _add_logprobs(self, choice: ChatChoice, entries: list[schema.TokenLogprob] | None) -> None:
-        if entries is not None:
+        if entries is not None and self.arguments.logprobs is not None:
             choice.logprobs = schema.ChatLogprobs(content=entries, refusal=None)
         elif self._openai:
             choice.logprobs = None
 
     def _token(self, entry: TokenLogprobs, progress: Progress) -> schema.TokenLogprob:
-        shown = chat_token(entry, self._vocabulary, progress.blank)
-        progress.blank = progress.blank and entry.token_id in self._vocabulary.blank
-        return shown
+        token = chat_token(entry, self.vocabulary, progress.blank)
+        progress.blank = progress.blank and entry.token_id in self.vocabulary.blank
+        return token
 
 
 class CompletionAnswer(Answer[schema.Completion, schema.Completion]):
     """Answers of completions: whole and chunk have the same shape."""
 
-    def _whole(self, head: dict[str, Any]) -> schema.Completion:
-        return schema.Completion(**head)
-
-    _part = _whole
+    whole_type = chunk_type = schema.Completion
 
     def _folded(self, index: int, parts: list[schema.CompletionChoice]) -> schema.CompletionChoice:
         logprobs = parts[0].logprobs
@@ -346,8 +316,8 @@ class CompletionAnswer(Answer[schema.Completion, schema.Completion]):
             logprobs = schema.CompletionLogprobs(tokens=[], token_logprobs=[], text_offset=[])
             logprobs.top_logprobs = [] if arguments.logprobs else None
             if echo:
-                add_prompt(logprobs, progress.prompt, delta.prompt_logprobs or [], self._vocabulary)
-            add_tokens(logprobs, delta, len(progress.prompt.text) if arguments.echo else 0, self._vocabulary)
+                add_prompt(logprobs, progress.prompt, delta.prompt_logprobs or [], self.vocabulary)
+            add_tokens(logprobs, delta, len(progress.prompt.text) if arguments.echo else 0, self.vocabulary)
         text = progress.prompt.text + delta.text if echo else delta.text
         reason = _finish_reason(delta)
         choice = schema.CompletionChoice(text=text, index=delta.index, logprobs=logprobs, finish_reason=reason)
@@ -360,9 +330,8 @@ def merge(deltas: Iterable[Delta]) -> list[Delta]:
     """Deltas that gathered, as one for each sequence: a slow reader gets larger chunks, not more of them."""
     merged: dict[int, Delta] = {}
     for delta in deltas:
-        into = merged.get(delta.index)
-        if into is None:
-            merged[delta.index] = delta
+        into = merged.setdefault(delta.index, delta)
+        if into is delta:
             continue
         into.token_ids += delta.token_ids
         into.text += delta.text
@@ -372,6 +341,13 @@ def merge(deltas: Iterable[Delta]) -> list[Delta]:
         if delta.prompt_logprobs is not None:
             into.prompt_logprobs = delta.prompt_logprobs
     return list(merged.values())
+
+
+def _attach(target: schema.Object, name: str, value: Any, on_wire: bool) -> None:
+    """Set a field. Off the wire it is for callers in process only, and does not count as set."""
+    setattr(target, name, value)
+    if not on_wire:
+        target.model_fields_set.discard(name)
 
 
 def _finish_reason(delta: Delta) -> schema.FinishReason | None:

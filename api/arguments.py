@@ -1,8 +1,7 @@
 """What a request may say, and what becomes of it: one table, a row for each argument of OpenAI's two endpoints.
 
 An argument is honoured; or ignored, which the answer tells; or refused, where a caller would rely on it. `read` sorts
-the fields of a request by the table. /openapi.json and docs/parameters.md are made from it as well. Knows no threads
-and no slots; prompts and messages are tokenized later.
+the fields of a request by the table; /openapi.json and docs/parameters.md are made from it. Tokenizes nothing.
 """
 
 from __future__ import annotations
@@ -169,6 +168,7 @@ EXTENSIONS: tuple[Row, ...] = (
     Row("parse_special", COMPLETIONS, "true", BOOLEAN, "`<s>` and `</s>` in a text prompt are control tokens"),
 )
 
+UNKNOWN = Row("any other", BOTH, action=IGNORED)
 TABLE: dict[Endpoint, dict[str, Row]] = {
     endpoint: {row.name: row for row in (*OPENAI, *EXTENSIONS) if endpoint in row.endpoints} for endpoint in ENDPOINTS
 }
@@ -187,18 +187,14 @@ def read(
     given: dict[str, Any] = {}
     ignored: list[str] = []
     for name, value in fields.items():
-        row = TABLE[endpoint].get(name)
         if value is None:
             continue
-        if row is None:
-            if not asks_nothing(value):
-                ignored.append(str(name))
-            continue
+        row = TABLE[endpoint].get(name, UNKNOWN)
         checked = row.kind.check(name, value, context) if row.kind else value
         if row.action is Action.HONOURED:
             given[name] = checked
         elif row.action is Action.IGNORED and not asks_nothing(value) and value not in row.silent:
-            ignored.append(name)
+            ignored.append(str(name))
     ignored += _ignored_inside(given)
     if ignored and (strict or given.get("strict")):
         raise _unknown(ignored[0])

@@ -29,7 +29,7 @@ DECIMAL = re.compile(r"0|[1-9][0-9]{0,9}")
 
 @dataclass(frozen=True)
 class Context:
-    """What a value is checked against. limits: the ceilings of a request. vocab_size: token ids lie below it."""
+    """What a value is checked against. vocab_size: token ids lie below it."""
 
     endpoint: Endpoint
     limits: Limits
@@ -37,8 +37,6 @@ class Context:
 
 
 class Kind(Protocol):
-    """What the kinds below have in common."""
-
     def check(self, name: str, value: Any, context: Context) -> Any: ...
 
     def schema(self, context: Context) -> Schema: ...
@@ -124,10 +122,7 @@ class ByEndpoint:
 
 @dataclass(frozen=True)
 class Only:
-    """One of a few values, for what OpenAI offers and this engine does not do; `refusal` is told for any other.
-
-    or_nothing: values that ask for nothing pass as well.
-    """
+    """One of a few values; any other is refused with a message. or_nothing: values that ask for nothing pass, too."""
 
     values: tuple[Any, ...]
     refusal: str
@@ -228,10 +223,7 @@ class Prompts:
 
 
 class Messages:
-    """Objects with role and content, or an answer's own message object.
-
-    Order, roles and tags in the text are checked where the prompt is made.
-    """
+    """Objects with role and content, or an answer's message. `llama.chat` checks order, roles and tags in the text."""
 
     def check(self, name: str, value: Any, context: Context) -> list[Mapping[str, Any]]:
         _expect(LIST, name, value, "a list of messages")
@@ -242,10 +234,9 @@ class Messages:
     def schema(self, context: Context) -> Schema:
         text = STRING.schema(context)
         role = {"type": "string", "enum": ["system", "developer", "user", "assistant"]}
-        part = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": text}}
+        part = object_schema(type={"const": "text"}, text=text)
         content = {"anyOf": [text, {"type": "array", "items": part, "minItems": 1}]}
-        message = {"type": "object", "required": ["role", "content"], "properties": {"role": role, "content": content}}
-        return _array(message, 1, context.limits.messages)
+        return _array(object_schema(role=role, content=content), 1, context.limits.messages)
 
 
 class StreamOptions:
@@ -272,7 +263,7 @@ class ResponseFormat:
             raise bad_value(f"{name}.type", value.get("type"), "must be 'text'")
 
     def schema(self, context: Context) -> Schema:
-        return {"type": "object", "required": ["type"], "properties": {"type": {"const": "text"}}}
+        return object_schema(type={"const": "text"})
 
 
 def token_id(name: str, value: Any, context: Context) -> int:
@@ -284,8 +275,13 @@ def token_id(name: str, value: Any, context: Context) -> int:
     return value
 
 
+def object_schema(**properties: Schema) -> Schema:
+    """The JSON Schema of an object whose properties are all required."""
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
 def missing(name: str) -> BadRequestError:
-    """400 for a field that must be there."""
+    """400 for a field that is required."""
     return BadRequestError(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
 
 

@@ -26,21 +26,21 @@ Seconds = float | None
 Body = Mapping[str, Any] | None
 
 
+@dataclass(frozen=True)
 class BaseEndpoint(Generic[Whole, Chunk]):
     """chat.completions or completions. `api.arguments` says what a request's fields may be.
 
-    Never part of the request itself: wait (for a slot: seconds, or True; default: what the client says), timeout
-    (seconds for the whole request, then APITimeoutError), extra_body (more fields of the request), extra_headers and
-    extra_query (reported as ignored). Raises `api.errors`.
+    wait: for a slot, seconds or True; default: the client's. timeout: seconds for the whole request, then
+    APITimeoutError. extra_body: more fields. extra_headers, extra_query: ignored, and told. Raises `api.errors`.
     """
 
-    def __init__(self, models: Models, endpoint: EndpointName) -> None:
-        self._models, self._endpoint = models, endpoint
+    served: Models
+    endpoint: EndpointName
 
     def _request(self, fields: dict[str, Any], extra: Body, wait: Wait, timeout: Seconds) -> Request[Whole, Chunk]:
         if extra is not None and not isinstance(extra, Mapping):
             raise bad_type("extra_body", extra, "an object")
-        return Request(self._models, self._endpoint, {**fields, **(extra or {})}, wait, timeout)
+        return Request(self.served, self.endpoint, {**fields, **(extra or {})}, wait, timeout)
 
     @overload
     async def _create_async(
@@ -103,43 +103,42 @@ class Chat(Generic[AnyEndpoint]):
     completions: AnyEndpoint
 
 
+@dataclass(frozen=True)
 class ModelNames:
     """`models`: what this client serves."""
 
-    def __init__(self, models: Models) -> None:
-        self._models = models
+    served: Models
 
     def list(self) -> schema.ModelList:
-        return schema.ModelList(object="list", data=[model.describe() for model in self._models.all()])
+        return schema.ModelList(object="list", data=[model.describe() for model in self.served.all()])
 
     def retrieve(self, model: str) -> schema.Model:
         """Raises NotFoundError."""
-        return self._models.find(model).describe()
+        return self.served.find(model).describe()
 
 
+@dataclass(frozen=True)
 class AsyncModelNames:
     """`models`, for event loops."""
 
-    def __init__(self, models: Models) -> None:
-        self._names = ModelNames(models)
+    names: ModelNames
 
     async def list(self) -> schema.ModelList:
-        return self._names.list()
+        return self.names.list()
 
     async def retrieve(self, model: str) -> schema.Model:
-        return self._names.retrieve(model)
+        return self.names.retrieve(model)
 
 
 class BaseClient:
-    """Loads `model` (a checkpoint folder, or "demo") and serves it in this process until it is closed.
+    """Loads `model` (a checkpoint folder, or "demo") and serves it in this process to any threads and event loops.
 
-    served_name: what answers call the model; default: the folder's name. aliases: further names; the folder as given is
-    always one. slots: requests in flight; a further one gets RateLimitError, or waits for a slot as `wait` says
-    (seconds, True: as long as it takes). strict: refuse what would be ignored. compat="anyscale": the shape of answers
-    of 2023. special_tags: what becomes of "[INST]" and the like in messages; "text" lets them through as text.
-    chat=False: a base model, whose chat requests are refused. limits: ceilings for one request. progress: show a bar
-    while loading. engine_options: fields of `llama.EngineConfig`; an unknown one is a TypeError.
-    Any number of threads, tasks and event loops may call one client. served: its models, with their engines.
+    served_name: the model's name in answers; default: the folder's. aliases: further names; the folder as given is
+    always one. slots: requests in flight; a further one gets RateLimitError, or waits as `wait` says (seconds, or True:
+    as long as it takes). strict: refuse what would be ignored. compat="anyscale": the shape of answers of 2023.
+    special_tags: "text" lets "[INST]" and the like in messages through as text. chat=False: a base model, whose chat
+    requests are refused. limits: ceilings for one request. progress: show a bar while loading. engine_options: fields
+    of `llama.EngineConfig`; an unknown one is a TypeError. served: the client's models, with their engines.
     """
 
     def __init__(
@@ -249,7 +248,7 @@ class AsyncClient(BaseClient):
 
     @cached_property
     def models(self) -> AsyncModelNames:
-        return AsyncModelNames(self.served)
+        return AsyncModelNames(ModelNames(self.served))
 
     async def tokenize(
         self,

@@ -14,8 +14,8 @@ OpenAIError
     `-- APIConnectionError          no answer at all
         `-- APITimeoutError             the caller's own `timeout` passed
 
-In process and over HTTP the same errors are raised; HTTP writes `to_dict()`. Messages name the value and the limit,
-never keys, paths or stack traces: those stay in `__cause__`, which does not travel.
+HTTP answers with `to_dict()` of the same errors. Messages name the value and the limit, never keys, paths or stack
+traces: those stay in `__cause__`, which does not travel.
 """
 
 from __future__ import annotations
@@ -175,10 +175,7 @@ def no_such_model(name: object) -> NotFoundError:
 
 
 def from_engine(error: EngineError, prompt_field: str = "prompt") -> APIError:
-    """The error a caller of this interface gets for one of the engine's.
-
-    prompt_field: what the request calls its prompt, "messages" or "prompt".
-    """
+    """This interface's error for one of the engine's. prompt_field: the request's own, "messages" or "prompt"."""
     if isinstance(error, ContextLengthExceeded):
         text = str(error).partition(": ")[2]
         message = f"{text[:1].upper()}{text[1:]}. Please shorten the {prompt_field}."
@@ -219,9 +216,9 @@ def shorten(value: object) -> str:
 
 
 def _json_type(value: object) -> str:
-    names = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", type(None): "null"}
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, (list, tuple)):
         return "a list"
+    names = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", type(None): "null"}
     return names.get(type(value), f"a {type(value).__name__}")

@@ -1,7 +1,7 @@
 """`Request`: one call on its way, from its fields to its answer, for threads and for event loops.
 
-Every wait comes in two forms, one that blocks the thread and one that lets the event loop go on; everything else is
-shared. The slot is given back, and the engine stops working, on every way out.
+Every wait comes in two forms, for threads and for event loops; everything else is shared. Every way out gives the slot
+back and stops the engine's work.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, Self
 
 from api.answer import Answer, Chunk, Whole, merge
 from api.checks import Endpoint
-from api.errors import APITimeoutError, bad_type, bad_value, from_engine
+from api.errors import APITimeoutError, bad_type, bad_value, from_engine, translated
 from api.models import Models
 from api.schema import Usage
 from llama.errors import EngineError, SlotsFull
@@ -28,7 +28,7 @@ MAX_SECONDS = 1e6  # threads cannot wait much longer
 
 
 class Request(Generic[Whole, Chunk]):
-    """A checked request. Raises what is wrong with its fields; nothing is taken or queued yet.
+    """A checked request; nothing is taken or queued yet. Raises APIError for wrong fields.
 
     wait, timeout: as `api.client` has them. salt: prompts share cached blocks only with prompts of the same salt.
     """
@@ -39,7 +39,6 @@ class Request(Generic[Whole, Chunk]):
         self.model = models.find(fields.get("model"))
         self.arguments = self.model.read(endpoint, fields)
         self.salt = salt
-        self.prompt_field = "messages" if endpoint == "chat" else "prompt"
         self.wait = _seconds("wait", models.settings.wait if wait is None else wait)
         self.deadline = Deadline(None if timeout is None else _seconds("timeout", timeout))
 
@@ -58,10 +57,8 @@ class Request(Generic[Whole, Chunk]):
         return await asyncio.to_thread(self._begin, seat)
 
     def _begin(self, seat: Seat) -> Running[Whole, Chunk]:
-        try:
+        with translated("messages" if self.arguments.endpoint == "chat" else "prompt"):
             stream, answer = self.model.begin(self.arguments, seat, self.salt)
-        except EngineError as error:
-            raise from_engine(error, self.prompt_field) from error
         return Running(stream, answer, self.deadline)
 
     def _wait(self) -> float | bool:
@@ -110,7 +107,7 @@ class Running(Generic[Whole, Chunk]):
 
     def whole(self) -> Whole:
         """Wait for everything and fold it into one answer."""
-        return self._fold(list(iter(self.get, None)))
+        return self._fold(iter(self.get, None))
 
     async def whole_async(self) -> Whole:
         deltas = []
@@ -134,7 +131,7 @@ class Running(Generic[Whole, Chunk]):
             raise
 
     def chunks(self, delta: Delta) -> list[Chunk]:
-        """What a delta, and all that have gathered behind it, come to."""
+        """The chunks of a delta and of all that have gathered behind it."""
         return [chunk for merged in self._with_gathered(delta) for chunk in self.answer.chunks(merged)]
 
     def wire(self, delta: Delta) -> list[str]:
@@ -145,7 +142,7 @@ class Running(Generic[Whole, Chunk]):
         others: list[Delta] = self.stream.gathered()
         return merge([delta, *others]) if others else [delta]
 
-    def _fold(self, deltas: list[Delta]) -> Whole:
+    def _fold(self, deltas: Iterable[Delta]) -> Whole:
         return self.answer.whole(chunk for delta in merge(deltas) for chunk in self.answer.chunks(delta))
 
     def _left(self) -> float | None:
@@ -164,10 +161,7 @@ class Running(Generic[Whole, Chunk]):
 
 
 class ChunkReader(Generic[Chunk]):
-    """What the two kinds of chunk streams share.
-
-    The slot is held from `create` on, and given back when the stream is exhausted, closed, failed or dropped.
-    """
+    """What the two kinds of chunk streams share. The slot is held until one is exhausted, closed, failed or dropped."""
 
     def __init__(self, running: Running[Any, Chunk]) -> None:
         self._running: Running[Any, Chunk] = running
@@ -200,7 +194,7 @@ class ChunkReader(Generic[Chunk]):
 
 
 class ChunkStream(ChunkReader[Chunk]):
-    """Iterate over the chunks; `close()` (or `cancel()`, or leaving `with`) ends the request at once."""
+    """Iterate over the chunks. `close()`, `cancel()` or leaving `with` ends the request at once."""
 
     def __iter__(self) -> Iterator[Chunk]:
         return self

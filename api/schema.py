@@ -1,15 +1,15 @@
 """The objects of the OpenAI interface: what a request is answered with.
 
-`to_dict()` and `to_json()` give the wire form: the fields that were set, an explicit null among them. `model_dump()`
-adds the optional fields that were not set. Mapping access (`answer["choices"]`, `delta.get("content", "")`), as in
-2023, sees what the wire sees. A field that has a value and is not in `model_fields_set` is for callers in process only.
+The wire form (`to_dict()`, `to_json()`) has the fields that were set, an explicit null among them; `model_dump()` adds
+the optional ones that were not. Mapping access, as in 2023 (`answer["choices"]`), sees what the wire sees. A field that
+has a value and is not in `model_fields_set` is for callers in process only.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -97,12 +97,9 @@ class TopLogprob(Object):
     bytes: list[int] | None
 
 
-class TokenLogprob(Object):
+class TokenLogprob(TopLogprob):
     """One generated token, and the best tokens at its place, sorted by logprob, then id."""
 
-    token: str
-    logprob: float
-    bytes: list[int] | None
     top_logprobs: list[TopLogprob]
 
 
@@ -155,7 +152,7 @@ class Explain(Object):
 
 
 class ChatMessage(Object):
-    """The fields after `refusal` are never set: this engine does not make them, but readers may look for them."""
+    """The fields after `refusal` are never set; readers may look for them."""
 
     role: Literal["assistant"]
     content: str
@@ -208,8 +205,12 @@ class CompletionChoice(Object):
 
 
 class Head(Object):
-    """What every answer and chunk begins with. id: equal in all chunks; created: Unix seconds."""
+    """What every answer and chunk begins with. id: equal in all chunks; created: Unix seconds.
 
+    openai_name: what `object` is, but in compat="anyscale".
+    """
+
+    openai_name: ClassVar[str] = "text_completion"
     id: str
     object: str
     created: int
@@ -222,12 +223,14 @@ class Head(Object):
 
 
 class ChatCompletion(Head):
+    openai_name = "chat.completion"
     object: Literal["chat.completion", "text_completion"]
     choices: list[ChatChoice]
     prompt_token_ids: list[int] = []
 
 
 class ChatCompletionChunk(Head):
+    openai_name = "chat.completion.chunk"
     object: Literal["chat.completion.chunk", "text_completion"]
     choices: list[ChatChunkChoice]
     prompt_token_ids: list[int] = []

@@ -1,8 +1,7 @@
 """`App`: OpenAI's routes over HTTP, as an ASGI application around one `AsyncClient`.
 
 A request here and a call of the client take the same way (fields, `Request`, `Running`, `Answer`), so their JSON is
-equal. A request holds a slot from the check of its fields until its answer is written or its client gone. Knows no
-sockets and no signals (`api.http.uvicorn_server`), and starts no server (`scripts/serve.py`).
+equal. Sockets and signals are in `api.http.uvicorn_server`; `scripts/serve.py` starts a server.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
+import llama
 from api.checks import missing
 from api.client import AsyncClient
 from api.errors import NotFoundError, RateLimitError, ServiceUnavailableError, bad_type, translated
 from api.http.completions import Completions
 from api.http.limits import HttpLimits
-from api.http.metrics import VERSION, Metrics
+from api.http.metrics import Metrics
 from api.http.middleware import AWAY, LOOPBACK, Gate, Keys, Middleware, read_object
 from api.http.openapi import PATHS, document
 from api.http.request_log import RequestLog
@@ -73,7 +73,7 @@ class App:
 
     @property
     def active(self) -> int:
-        """Requests that have not been answered to the end."""
+        """How many requests have not been answered to the end."""
         return self._middleware.active
 
     @property
@@ -108,7 +108,6 @@ class App:
                 seat.release()
 
     def _models(self) -> list[ServedModel]:
-        """Those that are loaded."""
         return [] if self.client is None else self.client.served.all()
 
     def _slots_of_key(self, key: str) -> Slots:
@@ -181,7 +180,7 @@ class App:
     async def _openapi(self, request: Request) -> Response:
         first, *others = self.serving().served.all()
         names = [model.name for model in (first, *others)]
-        return _json(document(names, first.settings.limits, first.vocab_size, VERSION))
+        return _json(document(names, first.settings.limits, first.vocab_size, llama.__version__))
 
     async def _health(self, request: Request) -> Response:
         if self.client is None:

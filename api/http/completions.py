@@ -1,6 +1,6 @@
 """The two routes that generate: a request's way from its body to its last byte, streamed or whole.
 
-The slot is held on the whole of that way. The client is watched all the time: when it goes, the request is aborted.
+The slot is held all the way. When the client goes, the request is aborted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.responses import Response
@@ -32,34 +33,28 @@ EVENT_STREAM = (
 Interrupt = Callable[[Exception], None]
 
 
+@dataclass(frozen=True)
 class Completions:
     """ASGI for one endpoint. serving: the client, or a 503. seat: one of the key's slots, held inside `with`.
 
     gap: is told the seconds between two events of a stream.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        serving: Callable[[], AsyncClient],
-        seat: Callable[[RequestLog, ServedModel], AbstractContextManager[None]],
-        gap: Callable[[float], None],
-        limits: HttpLimits,
-    ) -> None:
-        self.endpoint, self.limits = endpoint, limits
-        self._serving, self._seat, self._gap = serving, seat, gap
+    endpoint: Endpoint
+    serving: Callable[[], AsyncClient]
+    seat: Callable[[RequestLog, ServedModel], AbstractContextManager[None]]
+    gap: Callable[[float], None]
+    limits: HttpLimits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         log: RequestLog = scope["log"]
-        client = self._serving()
+        client = self.serving()
         fields = await read_object(scope, receive, self.limits)
         if fields.get("model") is None:
             raise missing("model")
-        request: Request[Any, Any] = Request(
-            client.served, self.endpoint, fields, wait=False, timeout=None, salt=log.key
-        )
+        request: Request[Any, Any] = Request(client.served, self.endpoint, fields, False, None, salt=log.key)
         log.model, log.stream = request.model.name, request.arguments.stream
-        with self._seat(log, request.model):
+        with self.seat(log, request.model):
             async with self._watched(log, receive) as interrupt:
                 loop = asyncio.get_running_loop()
                 end = loop.time() + self.limits.request
@@ -85,7 +80,7 @@ class Completions:
                 while chunks:
                     await events.write(chunks)
                     chunks = await _next(running)
-                    self._gap(time.monotonic() - events.last)
+                    self.gap(time.monotonic() - events.last)
                 await events.end()
             except APIError as error:
                 log.failed(error)
@@ -97,7 +92,7 @@ class Completions:
 
     @asynccontextmanager
     async def _watched(self, log: RequestLog, receive: Receive) -> AsyncIterator[Interrupt]:
-        """End what is inside when the client goes (ClientGone), or when no step has taken the request up in time.
+        """End what is inside when the client goes, or when no step has taken the request up in time.
 
         Gives a function that ends it for other reasons.
         """
@@ -148,17 +143,19 @@ async def _next(running: Running[Any, Any]) -> list[str]:
     return []
 
 
+@dataclass
 class Events:
     """Writes a stream of server-sent events. last: when the last one was written.
 
     interrupt: is called with Stalled when the client does not read.
     """
 
-    def __init__(self, send: Send, limits: HttpLimits, interrupt: Interrupt) -> None:
-        self._send, self._limits, self._interrupt = send, limits, interrupt
-        self._begun = False
-        self._writing_since: float | None = None
-        self.last = time.monotonic()
+    send: Send
+    limits: HttpLimits
+    interrupt: Interrupt
+    begun: bool = False
+    writing_since: float | None = None
+    last: float = field(default_factory=time.monotonic)
 
     async def write(self, chunks: Sequence[str]) -> None:
         """One event for each chunk, in one write. chunks: each a line of JSON in ASCII."""
@@ -171,10 +168,8 @@ class Events:
 
     @asynccontextmanager
     async def kept_alive(self) -> AsyncIterator[None]:
-        """Fill long pauses, and do not wait for ever for the client.
-
-        One sleeping task each for the whole stream costs less than timers for every event.
-        """
+        """Fill long pauses, and end the request of a client that does not read."""
+        # One sleeping task each for the whole stream costs less than timers for every event.
         tasks = [asyncio.create_task(self._fill_pauses()), asyncio.create_task(self._watch_writes())]
         try:
             yield
@@ -184,24 +179,24 @@ class Events:
 
     async def _fill_pauses(self) -> None:
         """Comment lines, so that nobody in between takes the connection for dead."""
-        quiet = self._limits.quiet
+        quiet = self.limits.quiet
         while True:
             await asyncio.sleep(max(self.last + quiet - time.monotonic(), 0.01))
-            if time.monotonic() - self.last >= quiet and self._begun and self._writing_since is None:
+            if time.monotonic() - self.last >= quiet and self.begun and self.writing_since is None:
                 await self._write(b": still here\n\n")
 
     async def _watch_writes(self) -> None:
-        left = stalled = self._limits.stalled
+        left = stalled = self.limits.stalled
         while left > 0:
             await asyncio.sleep(left)
-            since = self._writing_since
+            since = self.writing_since
             left = stalled if since is None else since + stalled - time.monotonic()
-        self._interrupt(Stalled())
+        self.interrupt(Stalled())
 
     async def _write(self, data: bytes, more: bool = True) -> None:
-        self._writing_since = self._writing_since or time.monotonic()
-        if not self._begun:
-            self._begun = True
-            await self._send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        self._writing_since, self.last = None, time.monotonic()
+        self.writing_since = self.writing_since or time.monotonic()
+        if not self.begun:
+            self.begun = True
+            await self.send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+        await self.send({"type": "http.response.body", "body": data, "more_body": more})
+        self.writing_since, self.last = None, time.monotonic()

@@ -1,7 +1,7 @@
 """`parse_object`: the bytes of a request's body as one JSON object, or a 400 that says what is wrong with them.
 
 Stricter than `json.loads`: UTF-8 only, no name twice in one object, no NaN or Infinity, no number that overflows, and
-bounded depth. Bounded work for any bytes; never a RecursionError. Knows no HTTP.
+bounded depth and work.
 """
 
 from __future__ import annotations

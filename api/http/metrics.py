@@ -1,4 +1,4 @@
-"""`Metrics`: numbers for Prometheus. What engines count is read when it is asked for; requests are noted as they end.
+"""`Metrics`: numbers for Prometheus. Engines are read when they are asked for; requests are noted as they end.
 
 Names and meanings are vLLM's where it has them, with `llama_` in front. Every label takes values of a fixed set.
 """
@@ -6,7 +6,6 @@ Names and meanings are vLLM's where it has them, with `llama_` in front. Every l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -35,10 +34,6 @@ COUNTERS: tuple[tuple[str, str, Callable[[llama.EngineStats], float]], ...] = (
     ("num_preemptions", "Times that a sequence was sent back to wait", lambda s: s.preemptions),
     ("steps", "Steps of the engine", lambda s: s.steps),
 )
-try:
-    VERSION = version("llama-slots")
-except PackageNotFoundError:
-    VERSION = "unknown"
 
 
 class Metrics:
@@ -110,5 +105,5 @@ class _Engines(Collector):
                 yield family
         info = GaugeMetricFamily("llama_build_info", "Always 1", labels=["version", "fingerprint", "model_name"])
         for model in self.models:
-            info.add_metric([VERSION, model.fingerprint, model.name], 1)
+            info.add_metric([llama.__version__, model.fingerprint, model.name], 1)
         yield info

@@ -1,7 +1,7 @@
 """`Middleware`: what every HTTP request passes on its way in and out, before and after any route.
 
-In: limits of the head, Host and Origin, the key. Out: the headers that every answer has, errors in OpenAI's shape, one
-log line. Denies by default: a path that is not in OPEN needs a key when there are keys, whether it exists or not.
+In: limits of the head, Host and Origin, the key. Out: headers, errors in OpenAI's shape, one log line. Where there are
+keys, a path that is not in OPEN needs one, whether it exists or not.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,7 +31,7 @@ from api.http.request_log import RequestLog
 access_log = logging.getLogger("api.access")
 log = logging.getLogger("api.server")
 
-# Paths that need no key: nothing they show is worth one.
+# Paths that need no key.
 OPEN = {"/": "playground", "/health": "health", "/ready": "ready"}
 ENDPOINTS = OPEN | {
     "/v1/chat/completions": "chat",
@@ -84,10 +85,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class Gate:
-    """Who may come in. hosts: names that the Host header may have; None: any.
-
-    origins: of browser pages besides our own, for which CORS is switched on.
-    """
+    """Who may come in. hosts: names for the Host header; None: any. origins: of other pages, which get CORS."""
 
     keys: Keys
     hosts: tuple[str, ...] | None = LOOPBACK
@@ -110,15 +108,15 @@ class Gate:
         return headers.get(b"origin", b"").decode("latin-1") in self.origins
 
 
+@dataclass
 class Incoming:
     """The body of a request, read at most once. Wraps `receive`; `finished` says whether all of it was taken."""
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self.finished = False
+    receive: Receive
+    finished: bool = False
 
     async def __call__(self) -> Message:
-        message = await self._receive()
+        message = await self.receive()
         if message["type"] == "http.disconnect" or not message.get("more_body"):
             self.finished = True
         return message
@@ -139,11 +137,9 @@ class Incoming:
 
     async def discard(self, most: int, seconds: float) -> None:
         """Take what is still on its way, within bounds, so that a client that only writes gets to read the answer."""
-        try:
+        with suppress(TimeoutError, APIStatusError, ClientGone):
             async with asyncio.timeout(seconds):
                 await self.read(most)
-        except (TimeoutError, APIStatusError, ClientGone):
-            pass
 
 
 class ClientGone(Exception):
@@ -154,6 +150,7 @@ class Stalled(Exception):
     """The client has not read for too long."""
 
 
+@dataclass
 class Middleware:
     """ASGI around `app`. A route finds its request's `RequestLog` in scope["log"].
 
@@ -161,17 +158,12 @@ class Middleware:
     log of every request when its answer is out. active: requests that have not been answered to the end.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        gate: Gate,
-        limits: HttpLimits,
-        slots: Callable[[RequestLog], tuple[int, int, float]],
-        finished: Callable[[RequestLog], None],
-    ) -> None:
-        self.app, self.gate, self.limits = app, gate, limits
-        self._slots, self._finished = slots, finished
-        self.active = 0
+    app: ASGIApp
+    gate: Gate
+    limits: HttpLimits
+    slots: Callable[[RequestLog], tuple[int, int, float]]
+    finished: Callable[[RequestLog], None]
+    active: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
@@ -198,7 +190,7 @@ class Middleware:
             log.exception("request %s failed", request_log.request_id)
         finally:
             self.active -= 1
-            self._finished(request_log)
+            self.finished(request_log)
             access_log.info("%s", json.dumps(request_log.line()))
 
     async def _serve(
@@ -210,7 +202,7 @@ class Middleware:
                 answer = Response(status_code=204, headers=dict(PREFLIGHT))
             else:
                 request_log.key = self.gate.check(scope, headers)
-                scope["app"] = self.app  # makes Starlette's router raise for unknown routes, and not answer
+                scope["app"] = self.app  # makes Starlette's router raise for unknown routes
                 await self.app(scope, incoming, send)
                 return
         except APIStatusError as error:
@@ -235,7 +227,7 @@ class Middleware:
         if request_log.client_request_id is not None:
             yield b"x-client-request-id", request_log.client_request_id.encode()
         if request_log.path.startswith("/v1/"):
-            limit, free, reset = self._slots(request_log)
+            limit, free, reset = self.slots(request_log)
             yield b"x-ratelimit-limit-requests", str(limit).encode()
             yield b"x-ratelimit-remaining-requests", str(free).encode()
             yield b"x-ratelimit-reset-requests", f"{reset:.3g}s".encode()
@@ -302,6 +294,7 @@ def _check_head(scope: Scope, request_log: RequestLog, headers: Headers, limits:
 
 
 def _no_route(error: HTTPException) -> APIStatusError:
+    """Starlette's error, 404 or 405, as one of ours."""
     if error.status_code == 405:
         headers, message = dict(error.headers or {}), "This method is not allowed here."
         return APIStatusError(message, code="method_not_allowed", status_code=405, headers=headers)

@@ -1,14 +1,11 @@
-"""`document`: the OpenAPI description of the endpoints that generate, for clients' generators and for tests.
-
-It is made from the table of arguments and from the objects that answers are.
-"""
+"""`document`: the OpenAPI description of the endpoints that generate, from the table of arguments and `api.schema`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from api.arguments import ENDPOINTS, TABLE, Action
-from api.checks import STRING, Context, Endpoint, Schema
+from api.checks import STRING, Context, Endpoint, Schema, object_schema
 from api.schema import ChatCompletion, Completion
 from llama.config import Limits
 
@@ -16,17 +13,7 @@ PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v
 REFUSALS = {400: "the body is wrong", 401: "no known key", 404: "no such model", 413: "too large", 429: "no free slot"}
 TEXT: Schema = {"type": "string"}
 TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
-ERROR: Schema = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {"message": TEXT, "type": TEXT, "param": TEXT_OR_NULL, "code": TEXT_OR_NULL},
-        }
-    },
-}
+ERROR = object_schema(error=object_schema(message=TEXT, type=TEXT, param=TEXT_OR_NULL, code=TEXT_OR_NULL))
 
 
 def document(names: Sequence[str], limits: Limits, vocab_size: int, version: str) -> Schema:

@@ -12,10 +12,7 @@ MAX_EXPECTED = 4096
 
 
 class RetryAfter:
-    """Spreads those who were refused: each is told a time after those who were told before and are not back yet.
-
-    clock: seconds, never going back.
-    """
+    """Spreads those who were refused: each is told a later time than those before it that are not back yet."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

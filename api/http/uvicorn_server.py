@@ -1,8 +1,8 @@
 """`HttpServer`: sockets and signals around an `App`, by uvicorn with the h11 parser.
 
-Half-sent requests, unread answers and crowds are bounded here; uvicorn has no options for that and times idle
-connections only. So `Connection` puts its own parser into uvicorn's protocol and reads the protocol's `cycle`. Neither
-is a documented interface, so pyproject.toml bounds uvicorn's versions on both sides.
+Half-sent requests, unread answers and crowds are bounded here, for which uvicorn has no options. `Connection` puts its
+own parser into uvicorn's protocol and reads the protocol's `cycle`. Neither is a documented interface, so
+pyproject.toml bounds uvicorn's versions on both sides.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ import sys
 import time
 from collections.abc import Sequence
 from enum import IntEnum
-from functools import partial
 from types import FrameType
 from typing import Any
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.server import ServerState
 
 from api.errors import APIStatusError
 from api.http.app import App
@@ -51,17 +49,14 @@ class Exit(IntEnum):
 
 
 class InTurn(selectors.DefaultSelector):
-    """Reports a few sockets at a time: the first of a crowd is answered before the last is read, and streams go on.
-
-    The rest is reported the next time, whether or not it is asked for: a socket stays ready until it is read.
-    """
+    """Reports a few sockets at a time: the first of a crowd is answered before the last is read, and streams go on."""
 
     def __init__(self) -> None:
         super().__init__()
         self._ready: Sequence[tuple[selectors.SelectorKey, int]] = ()
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if not self._ready:
+        if not self._ready:  # otherwise the rest of last time, still ready, for a socket is until it is read
             self._ready = super().select(timeout)
         some, self._ready = self._ready[:AT_ONCE], self._ready[AT_ONCE:]
         known = self.get_map()
@@ -69,10 +64,7 @@ class InTurn(selectors.DefaultSelector):
 
 
 class BoundedConnection(h11.Connection):
-    """Refuses a body that comes in too many pieces: each costs time, however small it is.
-
-    The head of an answer goes out with the first piece of its body: one packet, and one system call less.
-    """
+    """Refuses a body in too many pieces. The head of an answer goes out in one packet with the first of its body."""
 
     def __init__(self, limits: HttpLimits) -> None:
         super().__init__(h11.SERVER, max_incomplete_event_size=limits.head + 1024)
@@ -99,29 +91,18 @@ class BoundedConnection(h11.Connection):
 
 
 class Connection(H11Protocol):
-    """One connection. waiting_since: since when a request is not all here; None while there is nothing to wait for.
+    """One connection. waiting_since: since when a request is not all here; None: there is nothing to wait for.
 
-    ending_since: since when all is written that will be, and the client has not read it.
+    ending_since: since when the client has not read the last that will be written.
     """
-
-    def __init__(
-        self,
-        limits: HttpLimits,
-        config: uvicorn.Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
-        self.limits = limits
-        self.conn = BoundedConnection(limits)
-        self.waiting_since: float | None = None
-        self.ending_since: float | None = None
-        self._received = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.waiting_since = self.loop.time()
+        self.limits: HttpLimits = self.config.app.limits  # type: ignore[union-attr]  # HttpServer puts an `App` there
+        self.conn = BoundedConnection(self.limits)
+        self.waiting_since: float | None = self.loop.time()
+        self.ending_since: float | None = None
+        self._received = False
         if len(self.connections) > self.limits.connections:
             transport.abort()
 
@@ -185,11 +166,10 @@ class HttpServer(uvicorn.Server):
     """
 
     def __init__(self, app: App) -> None:
-        limits = app.limits
         config = uvicorn.Config(
             app,
             interface="asgi3",
-            http=partial(Connection, limits),  # type: ignore[arg-type]  # uvicorn calls it as it would call a class
+            http=Connection,
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -198,7 +178,7 @@ class HttpServer(uvicorn.Server):
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            timeout_keep_alive=int(limits.idle),
+            timeout_keep_alive=int(app.limits.idle),
             timeout_graceful_shutdown=2,
         )
         super().__init__(config)
@@ -227,10 +207,7 @@ class HttpServer(uvicorn.Server):
         self._signals += 1
 
     async def _watch(self) -> None:
-        """Bound the connections until there is a reason to end, and then end.
-
-        Whoever is still being served gets an error, and not silence: their engines are closed first.
-        """
+        """Bound the connections until there is a reason to end. Closing the engines sends errors to whoever is left."""
         ticks = 0
         while (exit_code := self._reason_to_end()) is None:
             if ticks % 5 == 0:
@@ -244,11 +221,11 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
 
     def _reason_to_end(self) -> Exit | None:
-        if not self._signals and self.app.failed:
+        if not self._signals:
+            if not self.app.failed:
+                return None
             log.error("an engine has stopped; nothing more can be served")
             return Exit.ENGINE_FAILED
-        if not self._signals:
-            return None
         now = time.monotonic()
         if self._drain_until is None:
             self.app.draining = True
@@ -274,7 +251,7 @@ class HttpServer(uvicorn.Server):
 
 
 def settle() -> None:
-    """Exempt what is loaded by now from garbage collection, which would hold up every stream while it looks at it."""
+    """Exempt what is loaded by now from garbage collection, which holds up every stream."""
     gc.collect()
     gc.freeze()
 

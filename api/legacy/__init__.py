@@ -1,12 +1,13 @@
 """The spelling of 2023: `ChatCompletion.create(model=..., messages=...)`, over one client for the whole process.
 
-Without `init` the first call loads the model it names. This client is the only global state of the package.
+Without `init` the first call loads the model it names. The client is the only global state of the package.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +58,21 @@ def _prepared(fields: dict[str, Any]) -> tuple[Client, dict[str, Any]]:
     return default_client(renamed.get("model")), renamed
 
 
+@dataclass(frozen=True)
 class Endpoint2023:
-    """`create` and `acreate` of 2023, for the endpoint that a function picks from the default client."""
+    """`create` and `acreate` of 2023. of: the endpoint of a client."""
 
-    def __init__(self, of: Callable[[Client], Endpoint[Any, Any]]) -> None:
-        self._of = of
+    of: Callable[[Client], Endpoint[Any, Any]]
 
     def create(self, **fields: Any) -> Any:
         """The whole answer, an object of `api.schema`; with stream=True a `ChunkStream` of its chunks."""
         client, renamed = _prepared(fields)
-        return self._of(client).create(**renamed)
+        return self.of(client).create(**renamed)
 
     async def acreate(self, **fields: Any) -> Any:
         """The same, for event loops."""
         client, renamed = _prepared(fields)
-        return await self._of(client).acreate(**renamed)
+        return await self.of(client).acreate(**renamed)
 
 
 ChatCompletion = Endpoint2023(lambda client: client.chat.completions)

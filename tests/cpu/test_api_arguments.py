@@ -175,9 +175,6 @@ def test_lower_limits_are_obeyed() -> None:
         assert caught.value.param == name
 
 
-@pytest.mark.xfail(
-    strict=True, reason="SamplingParams checks with the defaults of Limits, not with those of the client"
-)
 @pytest.mark.parametrize(
     ("endpoint", "fields"),
     [
