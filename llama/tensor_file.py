@@ -5,6 +5,7 @@ A file is opened once and read with pread, never mapped: one that is cut meanwhi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -43,11 +44,11 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block
         except OSError as error:
             raise LoadError(path, f"cannot be opened: {error.strerror}") from error
-        weakref.finalize(self, os.close, self._fd)
-        status = os.fstat(self._fd)
+        weakref.finalize(self, os.close, self.fd)
+        status = os.fstat(self.fd)
         if not stat.S_ISREG(status.st_mode):
             raise LoadError(path, "is not a regular file")
         self.size, self._mtime = status.st_size, status.st_mtime_ns
@@ -57,7 +58,7 @@ class TensorFile:
         done = 0
         while done < len(out):
             try:
-                n = os.preadv(self._fd, [out[done:]], offset + done)
+                n = os.preadv(self.fd, [out[done:]], offset + done)
             except (OSError, OverflowError) as error:
                 raise LoadError(self.path, f"cannot be read at byte {offset + done}: {error}") from error
             if not n:
@@ -71,7 +72,7 @@ class TensorFile:
 
     def check_unchanged(self) -> None:
         """Raises LoadError if somebody has written to the file since it was opened."""
-        status = os.fstat(self._fd)
+        status = os.fstat(self.fd)
         if (status.st_size, status.st_mtime_ns) != (self.size, self._mtime):
             raise LoadError(self.path, "was changed while it was being read; try again")
 
@@ -156,7 +157,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise fault(f"its header claims {length} bytes, the file has {file.size} (headers: at most {_MAX_HEADER})")
     header = file.read(0, 8 + length)
     try:
-        entries = _entries(header, file.size)
+        entries = _entries(file, header)
     except SafetensorError as error:
         message = str(error).removeprefix("Error while deserializing header: ")
         raise fault(*_reason(header, file.size) or (message, None)) from error
@@ -171,17 +172,20 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _entries(header: bytes, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype, shape), in the order of the bytes, of a file of `size` bytes. Raises SafetensorError, OSError.
+def _entries(file: TensorFile, header: bytes) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape), in the order of the bytes. Raises SafetensorError, OSError.
 
-    The package maps what it opens, and a file that is cut while it is mapped ends the process. So it gets a sparse file
-    in memory with the same header.
+    The package maps what it opens, and a mapped file that is cut ends the process. So it gets a sparse file in memory
+    with the same header, or the file itself where a limit on the size of files (ulimit -f) leaves no other way.
     """
     memory = os.memfd_create("safetensors")
     try:
-        os.truncate(memory, size)
-        os.pwrite(memory, header, 0)
-        with safe_open(f"/proc/self/fd/{memory}", "np") as opened:
+        fd = file.fd
+        with contextlib.suppress(OSError):
+            os.truncate(memory, file.size)
+            os.pwrite(memory, header, 0)
+            fd = memory
+        with safe_open(f"/proc/self/fd/{fd}", "np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
             return {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in slices.items()}
     finally:

@@ -44,6 +44,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page, language, code", BLOCKS)
 def test_code_blocks_run(page: str, language: str, code: str, checkout: Path) -> None:
     """Pictures are marked as text. What installs needs a network and is done by CI; here, its extras must exist."""
@@ -131,6 +132,7 @@ def test_a_name_that_is_gone_would_be_noticed() -> None:
     assert len(MENTION.findall(PAGES["docs/life-of-a-request.md"])) > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_examples_ask_what_the_demo_knows(path: Path) -> None:
     answers = {

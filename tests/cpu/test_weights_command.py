@@ -481,6 +481,7 @@ def test_random_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
     assert read_config(tmp_path / "a").rope_theta == 20000
 
 
+@pytest.mark.slow
 def test_load_measures(capsys: pytest.CaptureFixture[str], hf: Path) -> None:
     found = report(capsys, "load", hf, "--rounds", 2)
     assert found["bytes"] == (hf / "model.safetensors").stat().st_size
@@ -710,6 +711,7 @@ def test_an_interrupt_leaves_nothing(
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form, moments", [("hf", (70, 999)), ("meta", (70,))])
 def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path: Path, form: str, moments: tuple[int, ...]) -> None:
     """SIGKILL before the 71st write, or between the last one and the rename; the next run cleans up behind it."""
@@ -891,6 +893,7 @@ def test_json_errors_are_json(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert code == 2 and json.loads(text) == {"error": json.loads(text)["error"], "exit_code": 2}
 
 
+@pytest.mark.slow
 def test_every_command_leaves_the_source_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path, hf: Path) -> None:
     before = digests(hf), [path.stat().st_mtime_ns for path in sorted(hf.iterdir())]
     for args in (("inspect", hf), ("verify", hf), ("load", hf), ("plan", hf), ("convert", hf, tmp_path / "out")):
@@ -898,6 +901,7 @@ def test_every_command_leaves_the_source_alone(capsys: pytest.CaptureFixture[str
     assert (digests(hf), [path.stat().st_mtime_ns for path in sorted(hf.iterdir())]) == before
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_a_chunk(tmp_path: Path) -> None:
     """Converting 270 MB takes hardly more memory than converting 1 MB."""
     quiet("random", MHA, tmp_path / "small")
