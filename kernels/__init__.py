@@ -1,8 +1,7 @@
 """The operations of a Llama-2 step, on tensors. This package knows no model, no sequence and no HTTP.
 
-An operation has three implementations of one signature: a Triton kernel for CUDA, a tuned one in `kernels.cpu`, and the
-textbook in `kernels.reference`, which the tests compare both with. This file alone picks one, by the device of the
-tensors.
+An operation has three implementations of one signature: a Triton kernel, a tuned one in `kernels.cpu`, and the textbook
+in `kernels.reference`, which the tests compare both with. This file alone picks one, by the device of the tensors.
 
 `batch_invariant=True` promises that the bits of a row depend on that row's own tokens only: not on the other rows, not
 on how many there are, not on how a sequence was cut into chunks.
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import reference, transfer
+from kernels import transfer
 from kernels.attention_plan import AttentionPlan, plan_capture, plan_triton, prefill_tiles, tiles_of
 from kernels.cpu import ops as cpu_ops
 from kernels.cpu.attention_plan import CpuPlan, plan_cpu
@@ -28,7 +27,7 @@ from kernels.cpu.packed_linear import packed_linear
 from kernels.launch import HAS_TRITON, INTERPRET
 from kernels.linear_weight import LinearWeight
 from kernels.linear_weight import pack_weight as pack_for_cuda
-from kernels.reference import Filters
+from kernels.reference import Filters, rope_table
 from kernels.transfer import PinnedBuffer
 
 if HAS_TRITON:
@@ -75,24 +74,14 @@ def swiglu(gate_up: Tensor, *, batch_invariant: bool = False) -> Tensor:
     return _ops(gate_up.device).swiglu(gate_up, batch_invariant=batch_invariant)
 
 
-def rope_table(head_dim: int, max_seq_len: int, theta: float, position_scale: float, device: torch.device) -> Tensor:
-    """cos and sin of every position's angles (RoFormer, arXiv 2104.09864), half-split layout.
-
-    position_scale: positions are divided by it (linear RoPE scaling; 1.0 = none).
-    Returns [max_seq_len, head_dim] fp32: cos in the first half of a row, sin in the second.
-    """
-    return reference.rope_table(head_dim, max_seq_len, theta, position_scale, device)
-
-
 def rope_write(
     qkv: Tensor, cos_sin: Tensor, positions: Tensor, kv_index: Tensor, k_cache: Tensor, v_cache: Tensor, n_heads: int
 ) -> Tensor:
-    """Rotate q and k to their positions and write k and v into their rows of the cache.
+    """Rotate q and k to their positions and write k and v into their rows of the cache, in place.
 
-    qkv: [rows, (n_heads + 2 * n_kv_heads) * head_dim], q then k then v. cos_sin: from `rope_table`.
-    positions: [rows] int64. kv_index: [rows] int64, flat cache row = block * block_size + offset, all different. On
-    CUDA, -1 marks a padding row of a captured graph, which writes nothing.
-    k_cache, v_cache: [num_blocks, block_size, n_kv_heads, head_dim], written in place.
+    qkv: [rows, (n_heads + 2 * n_kv_heads) * head_dim], q then k then v. cos_sin: from `rope_table`. k_cache, v_cache:
+    [num_blocks, block_size, n_kv_heads, head_dim]. positions: [rows] int64. kv_index: [rows] int64, all different, flat
+    cache row = block * block_size + offset; on CUDA, -1 marks a padding row of a captured graph, which is not written.
     Returns q rotated, [rows, n_heads, head_dim] of the cache's dtype, which on CUDA is that of qkv.
     """
     return _ops(qkv.device).rope_write(qkv, cos_sin, positions, kv_index, k_cache, v_cache, n_heads)
@@ -177,7 +166,7 @@ def sample(logits: Tensor, filters: Filters, uniforms: Tensor) -> Tensor:
 
 
 def pack_weight(weight: Tensor, keep_rows: bool = False) -> LinearWeight:
-    """Lay out weight [n, k] (fp32, bf16 or fp16) for `linear` on its own device. The caller drops its own reference.
+    """Lay out weight [n, k] (fp32, bf16 or fp16) for `linear` on its own device. The caller drops its reference.
 
     keep_rows: on the CPU, hold `LinearWeight.rows` as well, at twice the memory.
     """
@@ -185,10 +174,7 @@ def pack_weight(weight: Tensor, keep_rows: bool = False) -> LinearWeight:
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the K/V cache of a model of that dtype holds on that device: on the CPU fp32, whatever the weights are.
-
-    CPUs widen 16-bit numbers before they multiply, and torch would do so anew for every step that reads the cache.
-    """
+    """The dtype of a model's K/V cache: on the CPU fp32, as torch would widen 16-bit keys anew in every step."""
     return torch.float32 if _on_cpu(device) else dtype
 
 

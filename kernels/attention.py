@@ -119,13 +119,9 @@ def decode_kernel(
     """grid (sequences, key heads, workers), for the sequences with one query.
 
     The query heads of a key head are the rows of its tile. Worker w takes chunks w, w + workers, ... The last worker to
-    finish merges all chunks in order, so the number of workers changes no bit. A sequence of length 0 pads a captured
-    graph.
+    finish merges all chunks in order, so the number of workers changes no bit.
     """
-    sequence = tl.program_id(0)
-    head = tl.program_id(1)
-    worker = tl.program_id(2)
-    workers = tl.num_programs(2)
+    sequence, head, worker, workers = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     GROUP: tl.constexpr = H // KVH
     query = tl.load(starts_ptr + sequence)
     length = tl.load(lengths_ptr + sequence)
@@ -180,13 +176,11 @@ def prefill_kernel(
 ):  # fmt: skip
     """grid (tiles * PER_TILE, query heads).
 
-    Row tiles lie at absolute multiples of BLOCK_M: a chunk of a prompt that begins at position 200 starts inside the
-    tile 128..255. No tile straddles two key chunks. Tile -1 of any sequence ends before its first query; it pads a
-    captured graph.
+    Row tiles lie at multiples of BLOCK_M from position 0, wherever a chunk of a prompt begins. No tile straddles two
+    key chunks. Tile -1 of any sequence ends before its first query; it pads a captured graph.
     """
     tl.static_assert(CHUNK % BLOCK_M == 0)
-    work = tl.program_id(0)
-    head = tl.program_id(1)
+    work, head = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(tiles_ptr + work // PER_TILE * 2)
     tile = tl.load(tiles_ptr + work // PER_TILE * 2 + 1) * PER_TILE + work % PER_TILE
     query = tl.load(starts_ptr + sequence)
@@ -244,31 +238,23 @@ def paged_attention(
 
 
 def launch_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: TritonPlan,
-    scale: float,
-    out: Tensor,
-    workers: int | None = None,
-    tiles: Card | None = None,
-) -> None:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: TritonPlan, scale: float, out: Tensor,
+    workers: int | None = None, tiles: Card | None = None,
+) -> None:  # fmt: skip
     """The launches behind `paged_attention`: one for single tokens, one for longer pieces, both in a mixed batch.
 
-    out may be of another dtype than q, and workers any number; tests want equal bits of both. tiles: used instead of
-    the card's own, for tuning.
+    For tests: out may be of another dtype than q, and workers any number. For tuning: tiles instead of the card's own.
     """
     n_heads, head_dim = q.shape[1:]
     block_size, n_kv_heads = k_cache.shape[1:3]
     tiles, fp32 = tiles or card(), q.dtype == torch.float32
-    lengths = (plan.cu_seqlens_q, plan.seqlens_k, plan.block_tables)
+    lengths, chunk = (plan.cu_seqlens_q, plan.seqlens_k, plan.block_tables), chunk_length(n_kv_heads)
     scale *= math.log2(math.e)  # the kernels raise 2, not e
-    shape = {"H": n_heads, "KVH": n_kv_heads, "D": head_dim, "KV_BLOCK": block_size, "CHUNK": chunk_length(n_kv_heads)}
+    shape = {"H": n_heads, "KVH": n_kv_heads, "D": head_dim, "KV_BLOCK": block_size, "CHUNK": chunk}
     shape |= {"BLOCK_D": max(16, next_power_of_2(head_dim)), "BLOCK_KEYS": KEYS}
-    width = plan.block_tables.shape[1]
+    n_seqs, width = plan.block_tables.shape
     if plan.single:
-        n_seqs = len(plan.seqlens_k)
-        max_chunks = cdiv(plan.max_seqlen_k, chunk_length(n_kv_heads))
+        max_chunks = cdiv(plan.max_seqlen_k, chunk)
         workers = min(max_chunks, workers or max(1, tiles.decode_programs // (n_seqs * n_kv_heads)))
         part = torch.empty((n_seqs * n_heads * max_chunks, head_dim), dtype=torch.float32, device=q.device)
         part_sum = torch.empty((n_seqs * n_heads * max_chunks, 2), dtype=torch.float32, device=q.device)

@@ -1,12 +1,8 @@
-"""`AttentionPlan`: where the queries of each sequence lie in the batch and its keys in the cache, for one step.
-
-A plan is built once per step and read by every layer. `TritonPlan` adds what the Triton kernels need.
-"""
+"""`AttentionPlan`: where the queries of each sequence lie in the batch and its keys in the cache, for one step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +17,7 @@ MAX_KV_HEADS = 128
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Layout of one step's batch.
+    """Layout of one step's batch, built once and read by every layer.
 
     cu_seqlens_q: [n_seqs + 1] int32, running sum of the query rows per sequence.
     seqlens_k: [n_seqs] int32, keys per sequence, this step's included; 0 marks padding of a captured graph.
@@ -32,18 +28,13 @@ class AttentionPlan:
     seqlens_k: Tensor
     block_tables: Tensor
 
-    @property
-    def cpu(self) -> Any:
-        """The plan itself where it is a `kernels.CpuPlan`, else None."""
-        return None
-
 
 @dataclass(frozen=True)
 class TritonPlan(AttentionPlan):
     """A plan for the Triton kernels.
 
     tiles: [n_tiles, 2] int32 (sequence, t), longest first: positions from t * TILE_POSITIONS on, of sequences with
-    several queries. (0, -1) pads a captured graph. single: may a sequence with one query exist?
+    several queries. (0, -1) pads a captured graph. single: whether a sequence may have one query.
     semaphores: [n_seqs * MAX_KV_HEADS] int32 zeros, where the programs that share a sequence's keys count themselves.
     n_rows: query rows of the batch. max_seqlen_k: the largest of seqlens_k. last_block: the highest of block_tables.
     """
@@ -70,14 +61,13 @@ def plan_triton(
 def plan_capture(
     cu_seqlens_q: Tensor, seqlens_k: Tensor, block_tables: Tensor, tiles: Tensor, n_rows: int, max_seqlen_k: int
 ) -> TritonPlan:
-    """A plan for a graph to capture, of tensors on a card that hold something else in every replay.
+    """A plan for a graph to capture. max_seqlen_k: the longest that a sequence can be.
 
-    The tensors are as in `TritonPlan` and as long as the graph's largest step needs. What a replay does not need of
-    them is padding: sequences of no queries and length 0, rows that belong to no sequence, and tiles (0, -1).
-    max_seqlen_k: the longest that a sequence can be.
+    The tensors are as in `TritonPlan`, on a card, long enough for the graph's largest step, and written before every
+    replay. The rest is padding: sequences of no queries and length 0, rows of no sequence, and tiles (0, -1).
     """
     semaphores = _semaphores(len(seqlens_k), seqlens_k.device)
-    last_block = 0  # which blocks the tables will hold cannot be checked from here
+    last_block = 0  # what the tables will hold cannot be checked from here
     return TritonPlan(cu_seqlens_q, seqlens_k, block_tables, tiles, True, semaphores, n_rows, max_seqlen_k, last_block)
 
 
@@ -93,10 +83,7 @@ def tiles_of(first: int, n_queries: int) -> range:
 def prefill_tiles(cu_seqlens_q: np.ndarray, seqlens_k: np.ndarray) -> np.ndarray:
     """`TritonPlan.tiles` as a numpy array."""
     n_queries = np.diff(cu_seqlens_q)
-    work = [
-        (s, t)
-        for s in np.flatnonzero(n_queries > 1).tolist()
-        for t in tiles_of(int(seqlens_k[s] - n_queries[s]), int(n_queries[s]))
-    ]
+    several = np.flatnonzero(n_queries > 1).tolist()
+    work = [(s, t) for s in several for t in tiles_of(int(seqlens_k[s] - n_queries[s]), int(n_queries[s]))]
     work.sort(key=lambda item: -item[1])
     return np.array(work, np.int32).reshape(-1, 2)

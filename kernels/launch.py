@@ -1,7 +1,6 @@
 """Which card a kernel is compiled for, and the checks that every kernel's wrapper makes before it launches.
 
-This file alone asks whether triton is installed (it exists for Linux only). The kernel files import it plainly and are
-imported only where it is.
+This file alone asks whether triton is installed; it exists for Linux only. The kernel files simply import it.
 """
 
 from __future__ import annotations
@@ -28,12 +27,9 @@ def gpu_arch() -> int:
 
 
 def expect(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int | None, ...],
-    dtypes: torch.dtype | tuple[torch.dtype, ...],
-    device: torch.device,
-) -> None:
+    name: str, tensor: Tensor, shape: tuple[int | None, ...],
+    dtypes: torch.dtype | tuple[torch.dtype, ...], device: torch.device,
+) -> None:  # fmt: skip
     """Raise a ValueError that names the argument unless it is such a tensor, contiguous. None in shape: any size."""
     if tensor.dim() != len(shape) or any(n not in (None, size) for n, size in zip(shape, tensor.shape, strict=True)):
         expected = ", ".join("any" if n is None else str(n) for n in shape)

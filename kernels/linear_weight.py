@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A sum is split only where there are fewer tiles than this: with more, the card is full without it.
-SPLIT_TILES = 512
+SPLIT_TILES = 512  # a sum is split only where there are fewer tiles than this: more of them fill a card anyway
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,9 @@
 """x @ weight.T, summed in fp32: one kernel for any number of rows, and a second form of it for many.
 
 The bits of an output do not depend on the number of rows: one accumulator runs over ascending k, sixteen products at a
-time, which the matrix units of Hopper and Blackwell add alike in every instruction (arXiv 2511.10909). So tiles,
-stages and warps are free, and so is who fetches the operands: threads by pointers, or the copy engine of sm_90 and
-later (TMA) by descriptors. A weight is never split along k for some row counts only. `batch_invariant=False` gives that
-up, for split sums at a few rows and for torch.matmul at many.
+time, which the matrix units of Hopper and Blackwell add alike in every instruction (arXiv 2511.10909). So tiles, stages
+and warps are free, and so is who fetches the operands: threads, or the copy engine of sm_90 and later (TMA).
+`batch_invariant=False` gives that up, for split sums at a few rows and for torch.matmul at many.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -40,9 +39,9 @@ def matmul_kernel(
 ):  # fmt: skip
     """grid (column tiles, row tiles, SPLIT).
 
-    EVEN_K: BLOCK_K divides K, so k needs no mask; true of every Llama-2. FEW: rows past M cost no traffic (masked
-    loads); otherwise they re-read row 0, so that no load has a mask. Columns past N always re-read row 0 of the weight.
-    Neither is stored. SPLIT > 1: the last program of a tile to finish adds the parts in their order.
+    EVEN_K: BLOCK_K divides K, so k needs no mask; true of every Llama-2. FEW: the loads of rows past M are masked, for
+    less traffic; otherwise these rows re-read row 0, without a mask. Columns past N always re-read row 0 of the weight.
+    SPLIT > 1: the last program of a tile to finish adds the parts in their order.
     """
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if not FEW:
@@ -109,7 +108,6 @@ def matmul_tma_kernel(
 
 
 def linear(x: Tensor, weight: LinearWeight, *, batch_invariant: bool = False) -> Tensor:
-    """batch_invariant=False: torch.matmul for many rows, split sums for a few."""
     expect("x", x, (None, weight.k), FLOATS, x.device)
     expect("weight", weight.data, (weight.n, weight.k), x.dtype, x.device)
     if weight.semaphores is None:
@@ -129,8 +127,6 @@ def launch_matmul(x: Tensor, weight: LinearWeight, out: Tensor, tile: MatmulTile
     grid = (cdiv(weight.n, tile.block_n), cdiv(rows, tile.block_m), splits)
     shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     if tile.tma and splits == 1 and _fits_descriptors(x, weight.data, out):
-        # The host makes descriptors anew for every launch; a product of many rows hides that time. In a captured graph
-        # they are arguments like others.
         matmul_tma_kernel[grid](
             TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
             TensorDescriptor.from_tensor(weight.data, [tile.block_n, tile.block_k]),

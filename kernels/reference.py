@@ -37,6 +37,11 @@ def swiglu(gate_up: Tensor, *, batch_invariant: bool = False) -> Tensor:
 
 
 def rope_table(head_dim: int, max_seq_len: int, theta: float, position_scale: float, device: torch.device) -> Tensor:
+    """cos and sin of every position's angles (RoFormer, arXiv 2104.09864), half-split layout.
+
+    position_scale: positions are divided by it (linear RoPE scaling; 1.0 = none).
+    Returns [max_seq_len, head_dim] fp32: cos in the first half of a row, sin in the second.
+    """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     position = torch.arange(max_seq_len, dtype=torch.float64, device=device) / position_scale
     # The angle is rounded to fp32 before cos and sin, as every implementation that trained these weights did.

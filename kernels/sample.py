@@ -1,8 +1,8 @@
 """From logits to token ids and logprobs on the device: no sort, no scan, no host round trip.
 
-A program holds one row in registers, so no other row can reach its arithmetic. It builds what a sort would find bit by
-bit, from the highest, with one sum over the row per bit: the k-th largest probability, the smallest set that holds
-top_p of the mass, the token that a random number points at.
+A program holds one row in registers, so no other row can reach its arithmetic. It builds what a sort would find from
+the highest bit down, with one sum over the row per bit: the k-th largest probability, the smallest set that holds top_p
+of the mass, the token that a random number points at.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -36,7 +36,7 @@ def threshold(bits, weight, goal):
 @triton.jit
 def draw(x, best, ids, temperature, top_k, top_p, min_p, u):
     """A token of the filtered distribution, by inverse transform in order of ids. x: the row, -inf past its end."""
-    # The best logit is subtracted first, so that a tiny temperature cannot overflow. Its probability, not normed, is 1.
+    # Without the subtraction a tiny temperature would overflow. The probability of the best, not normed, is 1.
     prob = tl.exp((x - best) / temperature)
     bits = prob.to(tl.int32, bitcast=True)
     floor = min_p.to(tl.int32, bitcast=True)
@@ -165,9 +165,8 @@ def apply_penalties(
     expect("rows", rows, (None,), torch.int64, device)
     entries = len(rows)
     expect("token_ids", token_ids, (entries,), torch.int64, device)
-    expect("bias", bias, (entries,), torch.float32, device)
-    expect("repetition", repetition, (entries,), torch.float32, device)
-    expect("subtract", subtract, (entries,), torch.float32, device)
+    for name, values in (("bias", bias), ("repetition", repetition), ("subtract", subtract)):
+        expect(name, values, (entries,), torch.float32, device)
     if entries:
         apply_penalties_kernel[(cdiv(entries, _ENTRIES),)](
             logits, rows, token_ids, bias, repetition, subtract, logits.shape[1], entries, BLOCK=_ENTRIES, num_warps=4
@@ -181,13 +180,8 @@ def uniform_kernel(seed_ptr, position_ptr, out_ptr, rows, BLOCK: tl.constexpr):
     inside = row < rows
     position = tl.load(position_ptr + row, mask=inside, other=0)
     zero = tl.zeros([BLOCK], tl.uint32)
-    word, _, _, _ = tl.philox(
-        tl.load(seed_ptr + row, mask=inside, other=0),
-        position.to(tl.uint32),
-        (position >> 32).to(tl.uint32),
-        zero,
-        zero,
-    )
+    seed = tl.load(seed_ptr + row, mask=inside, other=0)
+    word, _, _, _ = tl.philox(seed, position.to(tl.uint32), (position >> 32).to(tl.uint32), zero, zero)
     tl.store(out_ptr + row, (word >> 8).to(tl.float32) * 5.9604644775390625e-08, mask=inside)  # 2 ** -24
 
 

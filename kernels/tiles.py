@@ -1,8 +1,7 @@
 """Tile constants per card: block shapes, pipeline stages and warps. They change how fast a kernel runs, never its bits.
 
-The table itself is `tiles.json`, one entry per architecture, written by `scripts/bench.py kernels --tune` on a card of
-that kind; until then an entry holds guesses from offline compiles, and its `source` says so. The constants that do
-change bits (`KEYS`, `CHUNK`, the order of a sum) live beside the arithmetic, in the kernel files.
+The table is `tiles.json`, one entry per architecture. `scripts/bench.py kernels --tune` writes it on a card of that
+kind; an entry's `source` says where it holds guesses. The constants that do change bits live in the kernel files.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ TABLE = Path(__file__).with_name("tiles.json")
 class MatmulTile:
     """One program of the matmul kernels: block_m rows of x times block_n rows of the weight, block_k at a time.
 
-    tma: fetched and stored by the copy engine of sm_90 and later, where rows begin at multiples of 16 bytes. Its
-    descriptors cost the host time in every launch; it is for products that take longer than that.
+    tma: the copy engine of sm_90 and later moves rows that begin at multiples of 16 bytes. Its descriptors cost the
+    host time in every launch, which a product of many rows hides.
     """
 
     block_m: int
@@ -44,8 +43,7 @@ class FewRows:
 
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
-    """block_m: query rows of a prefill program, a divisor of 128. A decode program ignores it: its rows are the query
-    heads of one token and key head."""
+    """block_m: query rows of a prefill program, a divisor of 128. A decode program ignores it."""
 
     block_m: int
     stages: int
@@ -58,7 +56,7 @@ class Card:
 
     source: where the figures come from. few_rows: in ascending order of rows.
     many_rows, many_rows_wide: for more rows; the wide one where it still gives every SM a tile.
-    matmul_fp32, attention_fp32: fp32 cannot use the matrix units, and its tiles take twice the memory.
+    matmul_fp32, attention_fp32: without the matrix units, and with operands of twice the size.
     decode_programs: how many decode attention programs fill the card.
     library_rows: with batch_invariant=False, torch.matmul takes over from so many rows on.
     """
@@ -89,8 +87,7 @@ def write_cards(cards: dict[int, Card], path: Path) -> None:
         few = ",\n      ".join(json.dumps(asdict(tiles)) for tiles in card.few_rows)
         values["few_rows"] = f"[\n      {few}\n    ]"
         entries.append(f'  "{arch}": {{\n' + ",\n".join(f'    "{k}": {v}' for k, v in values.items()) + "\n  }")
-    text = "{\n" + ",\n".join(entries) + "\n}\n"
-    path.write_text(text.replace(', "tma": false', ""))
+    path.write_text(("{\n" + ",\n".join(entries) + "\n}\n").replace(', "tma": false', ""))
 
 
 def _card(entry: dict[str, Any]) -> Card:
@@ -128,9 +125,9 @@ def _tiles(tile: MatmulTile, rows: int, n: int) -> int:
 
 
 def split_k(card: Card, tile: MatmulTile, rows: int, n: int, k: int) -> int:
-    """How many programs share the sum of one tile, so that two programs find work on every SM: 1, 2 or 4.
+    """How many programs share the sum of one tile, so that every SM has two programs: 1, 2 or 4.
 
-    Each part keeps at least 1024 of k, or its pipeline would hardly start; with many rows the parts themselves weigh.
+    A part has at least 1024 of k, for the sake of its pipeline. Tiles of many rows are not split: the parts weigh.
     """
     splits, tiles = 1, _tiles(tile, rows, n)
     while splits < 4 and tile.block_m <= 32 and tiles * splits < 2 * card.sms:

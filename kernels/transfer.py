@@ -16,10 +16,8 @@ _ALIGN = 16  # bytes; Triton compiles anew for pointers of another alignment
 
 
 def to_device(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
-    """As `kernels.to_device`; CPU tensors are for Triton's interpreter."""
-    if device.type == "cpu":
-        return [torch.from_numpy(array) for array in arrays]
-    # torch keeps the pinned buffer from being used again before the copy out of it has been made.
+    """As `kernels.to_device`; the CPU is for Triton's interpreter."""
+    # torch does not use the pinned buffer again before the copy out of it has been made.
     return unpack(pack(arrays, pin_memory=device.type == "cuda").to(device, non_blocking=True), arrays)
 
 
@@ -32,11 +30,10 @@ def to_host(tensor: Tensor) -> Tensor:
 class PinnedBuffer:
     """Arrays on the host, and the same on the device as they were when `send` was last called.
 
-    arrays: to be written. tensors: their copies on the device, which keep their places.
+    arrays: to be written; given contiguous, as the first contents. tensors: their copies, which keep their places.
     """
 
     def __init__(self, device: torch.device, *arrays: np.ndarray) -> None:
-        """arrays: contiguous, the first contents."""
         on_cuda = device.type == "cuda"
         self._on_host = pack(arrays, pin_memory=on_cuda)
         self._on_device = self._on_host.to(device, copy=True)

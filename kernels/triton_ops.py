@@ -1,7 +1,5 @@
 """The operations as Triton kernels, under their names in `reference`. Imported only where triton is."""
 
-from __future__ import annotations
-
 from kernels.attention import paged_attention
 from kernels.matmul import linear
 from kernels.rms_norm import rms_norm

@@ -1,9 +1,8 @@
 """Attention block by block, for torch.compile: `QueryBlocks` is the plan, `attend_blocks` the sums.
 
 Every query attends to each block of its keys separately, and the results of the blocks are merged (FlashDecoding: Dao
-et al., 2023). So the blocks of all queries are one dimension, whatever their lengths, and every sum over tokens has the
-same number of terms. Inductor makes loops of it that read keys and values in place. Without a compiler every block is
-copied: the same numbers, slowly.
+et al., 2023). So the blocks of all queries are one dimension, whatever their lengths. Inductor makes loops of it that
+read keys and values in place; without a compiler every block is copied.
 """
 
 from __future__ import annotations
@@ -15,10 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The score of a hidden token. Finite, so that a block without a visible token weighs nothing instead of being NaN.
-_HIDDEN = -1e30
-# fp32 numbers of a vector register with AVX-512.
-_LANES = 16
+_HIDDEN = -1e30  # a hidden token's score; finite, so that a block without a visible token weighs nothing and is not NaN
+_LANES = 16  # fp32 numbers of a vector register with AVX-512
 
 
 class QueryBlocks(NamedTuple):
@@ -75,10 +72,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: QueryBlocks) -> tuple
 
 def _softmax_parts(scores: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """scores: [blocks, tokens, heads]. Returns each block's maximum m_i [blocks, heads], p = exp(scores - m_i), the sum
-    l_i of p over tokens, and what is to be stored.
-
-    Heads that do not fill vector registers are taken several tokens at a time.
-    """
+    l_i of p over tokens, and what is to be stored. Heads that fill no vector register go several tokens at a time."""
     n_blocks, tokens, heads = scores.shape
     fold = _LANES // math.gcd(heads, _LANES)
     if tokens % fold:

@@ -1,10 +1,9 @@
 """The operations tuned for CPUs: names and signatures of `kernels.reference`, which the tests compare them with.
 
-With `batch_invariant=True` the bits of a row depend on that row alone, for a given number of threads; with another
-number, a narrow and long matrix may sum in another order. Three things in torch move bits and are avoided here:
+With `batch_invariant=True` the bits of a row depend on that row alone. With another number of threads, a narrow and
+long matrix may sum in another order. Three things in torch move bits and are avoided here:
 - `x @ w.T` rounds a row differently for 1, 2, 3, 5, 7 or 9 rows: rows go through in tiles of exactly 16;
-- `silu`, `sigmoid` and `exp2` use another formula for the last elements of a buffer than for the rest, `exp` does not:
-  everything is written with `exp`;
+- `silu`, `sigmoid` and `exp2` have another formula for the last elements of a buffer: everything is written with `exp`;
 - scaled_dot_product_attention picks its loop by the number of queries: queries and keys go in 16 x 64 tiles counted
   from position 0 of their sequence.
 """
@@ -37,7 +36,7 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     summed = x if residual is None else x + residual
     wide = summed.float()
-    # On one row the time is that of the operators' number, and F.rms_norm runs more of them.
+    # One row takes as long as its number of operators says, and F.rms_norm runs more of them.
     norm = torch.linalg.vector_norm(wide, 2, (-1,), True)
     scale = torch.addcmul(_constant(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
     return torch.mul(wide, scale).to(x.dtype).mul_(weight), summed
@@ -51,11 +50,8 @@ def _constant(value: float) -> Tensor:
 def linear(x: Tensor, weight: LinearWeight, *, batch_invariant: bool = False) -> Tensor:
     if not batch_invariant:
         return _matmul(x, weight)
-    rows = x.shape[0]
-    padded = F.pad(x, (0, 0, 0, -rows % TILE_ROWS))
-    if padded.shape[0] == TILE_ROWS:
-        return _matmul(padded, weight)[:rows]
-    return torch.cat([_matmul(tile, weight) for tile in padded.split(TILE_ROWS)])[:rows]
+    tiles = [_matmul(tile, weight) for tile in F.pad(x, (0, 0, 0, -len(x) % TILE_ROWS)).split(TILE_ROWS)]
+    return (tiles[0] if len(tiles) == 1 else torch.cat(tiles))[: len(x)]
 
 
 def _matmul(x: Tensor, weight: LinearWeight) -> Tensor:
@@ -118,8 +114,7 @@ def paged_attention(
 def _attend_gathered(q: Tensor, k_cache: Tensor, v_cache: Tensor, part: Gather, scale: float) -> Tensor:
     """One query per sequence, and the heads of a group in the place of queries.
 
-    The gather lays the keys of each head side by side, so that all heads of all sequences are one batch of matrices.
-    scaled_dot_product_attention calls a matmul for each, which dominates when they are small.
+    All heads of all sequences are one batch of matrices. scaled_dot_product_attention calls a matmul for each of them.
     """
     n, n_heads, head_dim = q.shape
     n_kv_heads, longest = k_cache.shape[2], part.mask.shape[-1]
@@ -143,8 +138,7 @@ def _attend_span(q: Tensor, k_cache: Tensor, v_cache: Tensor, span: SequenceSpan
         k, v = (c.index_select(0, span.scattered).view(1, -1, n_kv_heads, head_dim) for c in (k_cache, v_cache))
         k, v = (c[:, : span.n_keys].transpose(1, 2) for c in (k, v))
     if n == 1:
-        grouped = q.view(1, n_kv_heads, group, head_dim)
-        return F.scaled_dot_product_attention(grouped, k, v, scale=scale).view(1, n_heads, head_dim)
+        return F.scaled_dot_product_attention(q.view(1, n_kv_heads, group, head_dim), k, v, scale=scale).view_as(q)
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     out = F.scaled_dot_product_attention(
@@ -162,14 +156,10 @@ def _attend_tiles(q: Tensor, k_cache: Tensor, v_cache: Tensor, tiles: QueryTiles
     n_tiles = tiles.rows.shape[0]
     # [tiles, kv_heads, group * TILE_ROWS, head_dim]: one matrix per tile and key head
     queries = F.pad(q, (0, 0, 0, 0, 0, 1))[tiles.rows].float() * scale
-    queries = queries.view(n_tiles, TILE_ROWS, n_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
-    queries = queries.reshape(n_tiles, n_kv_heads, group * TILE_ROWS, head_dim)
-    positions = tiles.positions[:, None, None, :, None].expand(n_tiles, 1, group, TILE_ROWS, 1)
-    positions = positions.reshape(n_tiles, 1, group * TILE_ROWS, 1)
-
+    queries = queries.view(n_tiles, TILE_ROWS, n_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    positions = tiles.positions.repeat(1, group)[:, None, :, None]
     m_i = queries.new_full((*queries.shape[:3], 1), _HIDDEN)
-    l_i = queries.new_zeros((*queries.shape[:3], 1))
-    acc = torch.zeros_like(queries)
+    l_i, acc = torch.zeros_like(m_i), torch.zeros_like(queries)
     for t in range(tiles.n_key_tiles[0]):
         live = sum(n > t for n in tiles.n_key_tiles)
         columns = slice(t * TILE_KEYS, (t + 1) * TILE_KEYS)
@@ -206,8 +196,8 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, n_top: int) -> tuple[Tenso
 
 
 def sample(logits: Tensor, filters: Filters, uniforms: Tensor) -> Tensor:
-    # NumPy's argmax is far faster than torch's. The rest of a greedy row is plain Python: after a step caches are cold,
-    # and then every operator of torch or NumPy is slow. Of equals argmax takes the lowest id; NaN wins over all.
+    # NumPy's argmax is far faster than torch's: of equals it takes the lowest id, and NaN wins over all. The rest of a
+    # greedy row is plain Python, as an operator of torch or NumPy is slow while the caches are cold after a step.
     rows = logits.numpy()
     best = rows.argmax(-1)
     lost = [row for row, token in enumerate(best.tolist()) if not math.isfinite(rows[row, token])]

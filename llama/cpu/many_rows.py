@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import QueryBlocks, attend_blocks, packed_linear
+from kernels import CpuPlan, QueryBlocks, attend_blocks, packed_linear
 from llama.batch import Batch, LastStep, Step
 from llama.cache import KVCache
 from llama.cpu.compile import compile_isolated, group_layers, rms_norm, rotate, swiglu
@@ -76,8 +76,8 @@ class ManyRows:
         # One row would be compiled for on its own.
         logit_rows = step.sampled_rows if n_sampled > 1 else step.sampled_rows.repeat(2)
         batch = Batch.of(step, logit_rows, model.embedding.device, last)
-        assert batch.attention.cpu is not None
-        blocks = batch.attention.cpu.blocks
+        assert isinstance(batch.attention, CpuPlan)
+        blocks = batch.attention.blocks
         x = F.embedding(batch.token_ids, model.embedding).float()
         for weights, cached in self._groups:
             x = self._layers(x, weights, model.cos_sin, batch.positions, batch.kv_index, cached, blocks)[0]
