@@ -1,13 +1,12 @@
 """What a request may say, and what becomes of it: one table, a row for each argument of OpenAI's two endpoints.
 
-An argument is honoured; or ignored, which the answer tells; or refused, where a caller would rely on it. `read` sorts
-the fields of a request by the table; /openapi.json and docs/parameters.md are made from it. Tokenizes nothing.
+An argument is honoured; or ignored, which the answer tells; or refused, where a caller would rely on it. `api.request`
+sorts the fields of a request by the table; /openapi.json and docs/parameters.md are made from it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -19,7 +18,6 @@ from api.checks import (
     STRING,
     Biases,
     ByEndpoint,
-    Context,
     Endpoint,
     Integer,
     Kind,
@@ -31,16 +29,10 @@ from api.checks import (
     StopStrings,
     StreamOptions,
     TokenIds,
-    asks_nothing,
-    missing,
 )
-from api.errors import BadRequestError, bad_value
-from llama.config import Limits
-from llama.errors import InvalidRequest
 from llama.request import RANGES, SamplingParams
 
 ENDPOINTS: tuple[Endpoint, ...] = ("chat", "completions")
-SAFE_NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 
 
 class Action(StrEnum):
@@ -175,111 +167,3 @@ TABLE: dict[Endpoint, dict[str, Row]] = {
 # Arguments that the engine, or `Arguments`, takes as they are, under the same name.
 SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingParams) if any(f.name in rows for rows in TABLE.values()))
 AS_GIVEN = ("model", "messages", "echo", "stream", "return_token_ids", "explain", "add_special_tokens", "parse_special")
-
-
-def read(
-    endpoint: Endpoint, fields: Mapping[str, Any], *, vocab_size: int, limits: Limits, strict: bool = False
-) -> Arguments:
-    """The request that `fields` make. Raises BadRequestError, naming the field, before anything is allocated."""
-    context = Context(endpoint, limits, vocab_size)
-    if len(fields) > limits.fields:
-        raise BadRequestError(f"A request has at most {limits.fields} fields, not {len(fields)}.")
-    given: dict[str, Any] = {}
-    ignored: list[str] = []
-    for name, value in fields.items():
-        if value is None:
-            continue
-        row = TABLE[endpoint].get(name, UNKNOWN)
-        checked = row.kind.check(name, value, context) if row.kind else value
-        if row.action is Action.HONOURED:
-            given[name] = checked
-        elif row.action is Action.IGNORED and not asks_nothing(value) and value not in row.silent:
-            ignored.append(str(name))
-    ignored += _ignored_inside(given)
-    if ignored and (strict or given.get("strict")):
-        raise _unknown(ignored[0])
-    told = sorted({name for name in ignored if SAFE_NAME.fullmatch(name)})[: limits.reported_names]
-    return _collect(endpoint, given, limits, told)
-
-
-def _ignored_inside(given: Mapping[str, Any]) -> list[str]:
-    """Names of what is ignored inside messages and stream_options."""
-    known = {"role", "content", "tool_calls", "function_call", "tool_call_id"}
-    pairs = [(k, v) for message in given.get("messages", []) for k, v in message.items() if k not in known]
-    pairs += [(k, v) for k, v in given.get("stream_options", {}).items() if k != "include_usage"]
-    return list(dict.fromkeys(str(name) for name, value in pairs if not asks_nothing(value)))
-
-
-def _unknown(name: str) -> BadRequestError:
-    safe = name if SAFE_NAME.fullmatch(name) else None
-    shown = f"'{safe}'" if safe else "A field with an unusual name"
-    message = f"{shown} would be ignored, and the request (or this service) is strict."
-    return BadRequestError(message, param=safe, code="unknown_parameter")
-
-
-def _collect(endpoint: Endpoint, given: dict[str, Any], limits: Limits, ignored: list[str]) -> Arguments:
-    """The rules between fields, and what follows from several of them."""
-    required = "messages" if endpoint == "chat" else "prompt"
-    if required not in given:
-        raise missing(required)
-    n, stream = given.get("n", 1), given.get("stream", False)
-    best_of = given.get("best_of", n)
-    if best_of < n:
-        raise bad_value("best_of", best_of, f"must be at least n={n}")
-    if stream and best_of > n:
-        raise BadRequestError("'best_of' above n cannot be streamed.", param="best_of")
-    count = len(given.get("prompt", [None])) * best_of
-    if count > limits.sequences:
-        param = "best_of" if best_of > n else "n"
-        raise bad_value(param, best_of, f"prompts x {param} may be at most {limits.sequences}, not {count}")
-    if "stream_options" in given and not stream:
-        raise BadRequestError("'stream_options' needs stream=true.", param="stream_options")
-    logprobs = _logprobs(endpoint, given)
-    return Arguments(
-        endpoint=endpoint,
-        params=_sampling(endpoint, given, logprobs, ranked=best_of > n),
-        prompts=given.get("prompt", []),
-        n=n,
-        best_of=best_of,
-        logprobs=logprobs,
-        include_usage=bool(given.get("stream_options", {}).get("include_usage")),
-        ignored=ignored,
-        **{name: given[name] for name in AS_GIVEN if name in given},
-    )
-
-
-def _logprobs(endpoint: Endpoint, given: Mapping[str, Any]) -> int | None:
-    """How many alternatives per token; None: no logprobs at all."""
-    if endpoint == "completions":
-        return given.get("logprobs")
-    top = given.get("top_logprobs", 0)
-    if given.get("logprobs"):
-        return top
-    if top:
-        raise BadRequestError("'top_logprobs' needs logprobs=true.", param="top_logprobs")
-    return None
-
-
-def _max_tokens(endpoint: Endpoint, given: Mapping[str, Any]) -> int | None:
-    both = [given[name] for name in ("max_tokens", "max_completion_tokens") if name in given]
-    if len(both) == 2 and both[0] != both[1]:
-        message = "'max_tokens' and 'max_completion_tokens' mean the same here, and differ."
-        raise BadRequestError(message, param="max_completion_tokens")
-    if not both:
-        return 16 if endpoint == "completions" else None
-    if both[0] == 0 and not given.get("echo"):
-        raise bad_value("max_tokens", 0, "must be at least 1, or echo=true")
-    return both[0]
-
-
-def _sampling(endpoint: Endpoint, given: Mapping[str, Any], logprobs: int | None, ranked: bool) -> SamplingParams:
-    """ranked: the sequences are compared by their logprobs, whether or not these are told."""
-    params = {name: given[name] for name in SAMPLING if name in given}
-    params["max_tokens"] = _max_tokens(endpoint, given)
-    params["top_k"] = given.get("top_k") or -1
-    params["logprobs"] = 0 if ranked and logprobs is None else logprobs
-    params["prompt_logprobs"] = logprobs if given.get("echo") else None
-    try:
-        return SamplingParams(**params)
-    except InvalidRequest as error:
-        raise bad_value(error.field, error.value, error.limit) from error

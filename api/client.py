@@ -13,9 +13,10 @@ import llama
 from api import schema
 from api.answer import Chunk, Compat, Whole
 from api.checks import Endpoint as EndpointName
+from api.chunk_stream import AsyncChunkStream, ChunkStream
 from api.errors import bad_type
 from api.models import Models, Settings
-from api.request import AsyncChunkStream, ChunkStream, Request
+from api.request import Request
 from llama.config import EngineConfig, Limits
 
 On = Literal[True]

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import llama
 from api.answer import Answer, ChatAnswer, Compat, CompletionAnswer, Heading
-from api.arguments import Arguments, read
-from api.checks import Context, Endpoint, Messages, token_id
-from api.errors import BadRequestError, NotFoundError, ServiceUnavailableError, bad_type, no_such_model, translated
+from api.arguments import Arguments
+from api.checks import Context, Messages, token_id
+from api.errors import BadRequestError, ServiceUnavailableError, bad_type, no_such_model, translated
 from api.fingerprint import fingerprint
 from api.prompt import Prompt, from_ids, from_text
 from api.schema import Health, Model, Text, Tokens
@@ -51,13 +51,6 @@ class ServedModel:
         self.vocab_size = engine.model_config.vocab_size
         self.created = int(time.time())
         self.fingerprint = fingerprint(engine.model_dir, engine)
-
-    def read(self, endpoint: Endpoint, fields: Mapping[str, Any]) -> Arguments:
-        """The request, checked against this model. Raises BadRequestError, NotFoundError."""
-        settings = self.settings
-        if endpoint == "chat" and not settings.chat:
-            raise NotFoundError(f"'{self.name}' is not a chat model.", param="model", code="not_a_chat_model")
-        return read(endpoint, fields, vocab_size=self.vocab_size, limits=settings.limits, strict=settings.strict)
 
     def begin(self, arguments: Arguments, seat: Seat, salt: str = "") -> tuple[Stream, Answer[Any, Any]]:
         """Tokenize and submit. The seat is given back if anything is raised: the engine's errors."""

@@ -7,24 +7,27 @@ back and stops the engine's work.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Generic, Self
+from typing import Any, Generic
 
 from api.answer import Answer, Chunk, Whole, merge
-from api.checks import Endpoint
-from api.errors import APITimeoutError, bad_type, bad_value, from_engine, translated
+from api.arguments import AS_GIVEN, SAMPLING, TABLE, UNKNOWN, Action, Arguments
+from api.checks import Context, Endpoint, asks_nothing, missing
+from api.errors import APITimeoutError, BadRequestError, NotFoundError, bad_type, bad_value, from_engine
 from api.models import Models
-from api.schema import Usage
-from llama.errors import EngineError, SlotsFull
+from llama.config import Limits
+from llama.errors import EngineError, InvalidRequest, SlotsFull
+from llama.request import SamplingParams
 from llama.slots import Seat
 from llama.stream import Delta, Stream
 
 # Longer texts are tokenized in a worker thread when the caller is an event loop.
 LONG_TEXT = 16_384
 MAX_SECONDS = 1e6  # threads cannot wait much longer
+SAFE_NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 
 
 class Request(Generic[Whole, Chunk]):
@@ -37,9 +40,14 @@ class Request(Generic[Whole, Chunk]):
         self, models: Models, endpoint: Endpoint, fields: Mapping[str, Any], wait: Any, timeout: Any, salt: str = ""
     ) -> None:
         self.model = models.find(fields.get("model"))
-        self.arguments = self.model.read(endpoint, fields)
+        settings = models.settings
+        if endpoint == "chat" and not settings.chat:
+            raise NotFoundError(f"'{self.model.name}' is not a chat model.", param="model", code="not_a_chat_model")
+        self.arguments = read(
+            endpoint, fields, vocab_size=self.model.vocab_size, limits=settings.limits, strict=settings.strict
+        )
         self.salt = salt
-        self.wait = _seconds("wait", models.settings.wait if wait is None else wait)
+        self.wait = _seconds("wait", settings.wait if wait is None else wait)
         self.deadline = Deadline(None if timeout is None else _seconds("timeout", timeout))
 
     def start(self) -> Running[Whole, Chunk]:
@@ -57,8 +65,10 @@ class Request(Generic[Whole, Chunk]):
         return await asyncio.to_thread(self._begin, seat)
 
     def _begin(self, seat: Seat) -> Running[Whole, Chunk]:
-        with translated("messages" if self.arguments.endpoint == "chat" else "prompt"):
+        try:
             stream, answer = self.model.begin(self.arguments, seat, self.salt)
+        except EngineError as error:
+            raise from_engine(error, "messages" if self.arguments.endpoint == "chat" else "prompt") from error
         return Running(stream, answer, self.deadline)
 
     def _wait(self) -> float | bool:
@@ -160,87 +170,112 @@ class Running(Generic[Whole, Chunk]):
             raise self.deadline.error() from error
 
 
-class ChunkReader(Generic[Chunk]):
-    """What the two kinds of chunk streams share. The slot is held until one is exhausted, closed, failed or dropped."""
-
-    def __init__(self, running: Running[Any, Chunk]) -> None:
-        self._running: Running[Any, Chunk] = running
-        self._ready: deque[Chunk] = deque()
-        self._exhausted = False
-
-    @property
-    def usage(self) -> Usage | None:
-        """The totals, once the last item is out."""
-        return self._running.answer.usage if self._exhausted else None
-
-    @property
-    def ignored_parameters(self) -> list[str]:
-        """Names of parameters that were accepted and not acted on."""
-        return list(self._running.answer.arguments.ignored)
-
-    @property
-    def request_id(self) -> str:
-        return self._running.answer.heading.request_id
-
-    def _take(self, delta: Delta | None) -> None:
-        if delta is None:
-            self._exhausted = True
-        else:
-            self._ready.extend(self._running.chunks(delta))
-
-    def _close(self) -> None:
-        self._ready.clear()
-        self._running.stream.close()
+def read(
+    endpoint: Endpoint, fields: Mapping[str, Any], *, vocab_size: int, limits: Limits, strict: bool = False
+) -> Arguments:
+    """The request that `fields` make. Raises BadRequestError, naming the field, before anything is allocated."""
+    context = Context(endpoint, limits, vocab_size)
+    if len(fields) > limits.fields:
+        raise BadRequestError(f"A request has at most {limits.fields} fields, not {len(fields)}.")
+    given: dict[str, Any] = {}
+    ignored: list[str] = []
+    for name, value in fields.items():
+        if value is None:
+            continue
+        row = TABLE[endpoint].get(name, UNKNOWN)
+        checked = row.kind.check(name, value, context) if row.kind else value
+        if row.action is Action.HONOURED:
+            given[name] = checked
+        elif row.action is Action.IGNORED and not asks_nothing(value) and value not in row.silent:
+            ignored.append(str(name))
+    ignored += _ignored_inside(given)
+    if ignored and (strict or given.get("strict")):
+        raise _unknown(ignored[0])
+    told = sorted({name for name in ignored if SAFE_NAME.fullmatch(name)})[: limits.reported_names]
+    return _collect(endpoint, given, limits, told)
 
 
-class ChunkStream(ChunkReader[Chunk]):
-    """Iterate over the chunks. `close()`, `cancel()` or leaving `with` ends the request at once."""
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return self
-
-    def __next__(self) -> Chunk:
-        while not self._ready:
-            if self._exhausted:
-                raise StopIteration
-            self._take(self._running.get())
-        return self._ready.popleft()
-
-    def close(self) -> None:
-        self._close()
-
-    cancel = close
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
+def _ignored_inside(given: Mapping[str, Any]) -> list[str]:
+    """Names of what is ignored inside messages and stream_options."""
+    known = {"role", "content", "tool_calls", "function_call", "tool_call_id"}
+    pairs = [(k, v) for message in given.get("messages", []) for k, v in message.items() if k not in known]
+    pairs += [(k, v) for k, v in given.get("stream_options", {}).items() if k != "include_usage"]
+    return list(dict.fromkeys(str(name) for name, value in pairs if not asks_nothing(value)))
 
 
-class AsyncChunkStream(ChunkReader[Chunk]):
-    """The same for `async for`; a task cancelled while it waits here ends the request."""
+def _unknown(name: str) -> BadRequestError:
+    safe = name if SAFE_NAME.fullmatch(name) else None
+    shown = f"'{safe}'" if safe else "A field with an unusual name"
+    message = f"{shown} would be ignored, and the request (or this service) is strict."
+    return BadRequestError(message, param=safe, code="unknown_parameter")
 
-    def __aiter__(self) -> AsyncIterator[Chunk]:
-        return self
 
-    async def __anext__(self) -> Chunk:
-        while not self._ready:
-            if self._exhausted:
-                raise StopAsyncIteration
-            self._take(await self._running.get_async())
-        return self._ready.popleft()
+def _collect(endpoint: Endpoint, given: dict[str, Any], limits: Limits, ignored: list[str]) -> Arguments:
+    """The rules between fields, and what follows from several of them."""
+    required = "messages" if endpoint == "chat" else "prompt"
+    if required not in given:
+        raise missing(required)
+    n, stream = given.get("n", 1), given.get("stream", False)
+    best_of = given.get("best_of", n)
+    if best_of < n:
+        raise bad_value("best_of", best_of, f"must be at least n={n}")
+    if stream and best_of > n:
+        raise BadRequestError("'best_of' above n cannot be streamed.", param="best_of")
+    count = len(given.get("prompt", [None])) * best_of
+    if count > limits.sequences:
+        param = "best_of" if best_of > n else "n"
+        raise bad_value(param, best_of, f"prompts x {param} may be at most {limits.sequences}, not {count}")
+    if "stream_options" in given and not stream:
+        raise BadRequestError("'stream_options' needs stream=true.", param="stream_options")
+    logprobs = _logprobs(endpoint, given)
+    return Arguments(
+        endpoint=endpoint,
+        params=_sampling(endpoint, given, logprobs, ranked=best_of > n),
+        prompts=given.get("prompt", []),
+        n=n,
+        best_of=best_of,
+        logprobs=logprobs,
+        include_usage=bool(given.get("stream_options", {}).get("include_usage")),
+        ignored=ignored,
+        **{name: given[name] for name in AS_GIVEN if name in given},
+    )
 
-    async def close(self) -> None:
-        self._close()
 
-    aclose = cancel = close
+def _logprobs(endpoint: Endpoint, given: Mapping[str, Any]) -> int | None:
+    """How many alternatives per token; None: no logprobs at all."""
+    if endpoint == "completions":
+        return given.get("logprobs")
+    top = given.get("top_logprobs", 0)
+    if given.get("logprobs"):
+        return top
+    if top:
+        raise BadRequestError("'top_logprobs' needs logprobs=true.", param="top_logprobs")
+    return None
 
-    async def __aenter__(self) -> Self:
-        return self
 
-    async def __aexit__(self, *_: object) -> None:
-        self._close()
+def _max_tokens(endpoint: Endpoint, given: Mapping[str, Any]) -> int | None:
+    both = [given[name] for name in ("max_tokens", "max_completion_tokens") if name in given]
+    if len(both) == 2 and both[0] != both[1]:
+        message = "'max_tokens' and 'max_completion_tokens' mean the same here, and differ."
+        raise BadRequestError(message, param="max_completion_tokens")
+    if not both:
+        return 16 if endpoint == "completions" else None
+    if both[0] == 0 and not given.get("echo"):
+        raise bad_value("max_tokens", 0, "must be at least 1, or echo=true")
+    return both[0]
+
+
+def _sampling(endpoint: Endpoint, given: Mapping[str, Any], logprobs: int | None, ranked: bool) -> SamplingParams:
+    """ranked: the sequences are compared by their logprobs, whether or not these are told."""
+    params = {name: given[name] for name in SAMPLING if name in given}
+    params["max_tokens"] = _max_tokens(endpoint, given)
+    params["top_k"] = given.get("top_k") or -1
+    params["logprobs"] = 0 if ranked and logprobs is None else logprobs
+    params["prompt_logprobs"] = logprobs if given.get("echo") else None
+    try:
+        return SamplingParams(**params)
+    except InvalidRequest as error:
+        raise bad_value(error.field, error.value, error.limit) from error
 
 
 def _seconds(name: str, value: Any) -> Any:

@@ -86,6 +86,7 @@ class Engine:
         self.model_dir, self.model_config, self.tokenizer = setup.model_dir, setup.model_config, setup.tokenizer
         self.max_seq_len, self.memory_plan = setup.max_seq_len, setup.memory_plan
         self.limits = limits or Limits()
+        self._max_cached = self.memory_plan.kv_tokens
         log.info("%s", self.memory_plan)
         self.slots = Slots(setup.config.slots)
         self._pid = os.getpid()
@@ -208,8 +209,7 @@ class Engine:
         self.close()
 
     def _check(self, request: Request) -> None:
-        max_cached = self.memory_plan.kv_tokens
-        check_request(request, self.model_config.vocab_size, self.max_seq_len, max_cached, self.limits)
+        check_request(request, self.model_config.vocab_size, self.max_seq_len, self._max_cached, self.limits)
         stop = request.params.stop
         if stop and self.tokenizer is None:
             raise InvalidRequest("stop", list(stop), "this model has no tokenizer; use stop_token_ids")

@@ -75,6 +75,7 @@ API = [
     "api.fingerprint",
     "api.models",
     "api.request",
+    "api.chunk_stream",
     "api.client",
     "api.legacy.error",
     "api.legacy",

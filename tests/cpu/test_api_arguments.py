@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import api
-from api.arguments import ENDPOINTS, EXTENSIONS, OPENAI, TABLE, Action, Arguments, Row, read
+from api.arguments import ENDPOINTS, EXTENSIONS, OPENAI, TABLE, Action, Arguments, Row
 from api.checks import Context, Endpoint, Integer, Number
+from api.request import read
 from llama.config import Limits
 from llama.request import RANGES
 

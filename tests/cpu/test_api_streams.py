@@ -13,9 +13,9 @@ from api_cases import MESSAGES, PROMPT, Script, write_model
 
 import api
 from api.answer import Answer, ChatAnswer, CompletionAnswer, Heading, merge
-from api.arguments import read
 from api.checks import Endpoint
 from api.prompt import from_text
+from api.request import read
 from llama.blocks import BlockPool
 from llama.config import Limits
 from llama.detokenizer import Detokenizer
