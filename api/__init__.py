@@ -34,26 +34,9 @@ __project__ = "llama-slots"  # _floor.py looks for it
 sys.modules["api.error"] = error  # where openai 0.28 has it: `from api.error import Timeout`
 
 __all__ = [
-    "APIConnectionError",
-    "APIError",
-    "APIStatusError",
-    "APITimeoutError",
-    "AsyncClient",
-    "AuthenticationError",
-    "BadRequestError",
-    "ChatCompletion",
-    "Client",
-    "Completion",
-    "InternalServerError",
-    "InvalidRequestError",
-    "Model",
-    "NotFoundError",
-    "OpenAIError",
-    "PermissionDeniedError",
-    "RateLimitError",
-    "ServiceUnavailableError",
-    "error",
-    "errors",
-    "init",
-    "shutdown",
-]
+    "Client", "AsyncClient",
+    "ChatCompletion", "Completion", "Model", "init", "shutdown", "error", "errors",
+    "OpenAIError", "APIError", "APIConnectionError", "APITimeoutError", "APIStatusError", "InvalidRequestError",
+    "BadRequestError", "AuthenticationError", "PermissionDeniedError", "NotFoundError", "RateLimitError",
+    "InternalServerError", "ServiceUnavailableError",
+]  # fmt: skip

@@ -44,14 +44,10 @@ class BaseEndpoint(Generic[Whole, Chunk]):
         return Request(self.served, self.endpoint, {**fields, **(extra or {})}, wait, timeout)
 
     @overload
-    async def _create_async(
-        self, *, stream: On, wait: Wait = None, timeout: Seconds = None, extra_body: Body = None, **fields: Any
-    ) -> AsyncChunkStream[Chunk]: ...
+    async def _create_async(self, *, stream: On, **options_and_fields: Any) -> AsyncChunkStream[Chunk]: ...
 
     @overload
-    async def _create_async(
-        self, *, stream: Off = None, wait: Wait = None, timeout: Seconds = None, extra_body: Body = None, **fields: Any
-    ) -> Whole: ...
+    async def _create_async(self, *, stream: Off = None, **options_and_fields: Any) -> Whole: ...
 
     async def _create_async(
         self, *, stream: Flag = None, wait: Wait = None, timeout: Seconds = None, extra_body: Body = None, **fields: Any
@@ -66,14 +62,10 @@ class Endpoint(BaseEndpoint[Whole, Chunk]):
     """`create` for threads, `acreate` for event loops."""
 
     @overload
-    def create(
-        self, *, stream: On, wait: Wait = None, timeout: Seconds = None, extra_body: Body = None, **fields: Any
-    ) -> ChunkStream[Chunk]: ...
+    def create(self, *, stream: On, **options_and_fields: Any) -> ChunkStream[Chunk]: ...
 
     @overload
-    def create(
-        self, *, stream: Off = None, wait: Wait = None, timeout: Seconds = None, extra_body: Body = None, **fields: Any
-    ) -> Whole: ...
+    def create(self, *, stream: Off = None, **options_and_fields: Any) -> Whole: ...
 
     def create(
         self, *, stream: Flag = None, wait: Wait = None, timeout: Seconds = None, extra_body: Body = None, **fields: Any
