@@ -15,7 +15,7 @@ from typing import Any, Generic, Self
 
 from api.answer import Answer, Chunk, Whole, merge
 from api.checks import Endpoint
-from api.errors import APITimeoutError, bad_type, bad_value, from_engine, translated
+from api.errors import APITimeoutError, bad_type, bad_value, from_engine
 from api.models import Models
 from api.schema import Usage
 from llama.errors import EngineError, SlotsFull
@@ -57,8 +57,11 @@ class Request(Generic[Whole, Chunk]):
         return await asyncio.to_thread(self._begin, seat)
 
     def _begin(self, seat: Seat) -> Running[Whole, Chunk]:
-        with translated("messages" if self.arguments.endpoint == "chat" else "prompt"):
+        try:
             stream, answer = self.model.begin(self.arguments, seat, self.salt)
+        except EngineError as error:
+            prompt_field = "messages" if self.arguments.endpoint == "chat" else "prompt"
+            raise from_engine(error, prompt_field) from error
         return Running(stream, answer, self.deadline)
 
     def _wait(self) -> float | bool:
