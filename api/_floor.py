@@ -1,8 +1,7 @@
 """Imported first: refuses to go on where another distribution's package stands in the place of the floor below.
 
-Others have packages called `kernels`, `llama` and `api`, too. pip installs them over ours without a word, or Python
-finds them first. Ours carry a mark in their source, which is read before anything of them runs. No floor can take this
-check from the floor that it doubts, so each has the same copy.
+pip installs others' `kernels`, `llama` and `api` over ours without a word. Ours carry a mark, which is read before
+anything of them runs. No floor can take this check from the floor that it doubts, so each has the same copy.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-_FLOORS = ("kernels", "llama", "api", "llama_slots")
 _MARK = b'__project__ = "llama-slots"'
 
 
@@ -32,4 +30,4 @@ def check_floor(package: str) -> None:
     )
 
 
-check_floor(_FLOORS[_FLOORS.index(__package__) - 1])
+check_floor("llama")

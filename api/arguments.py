@@ -143,13 +143,7 @@ OPENAI: tuple[Row, ...] = (
 EXTENSIONS: tuple[Row, ...] = (
     Row("top_k", BOTH, "-1", Integer(-1, MAX_INTEGER), "-1 or 0: off; else only the k best"),
     Row("min_p", BOTH, "0", Number(*RANGES["min_p"]), f"{RANGE}, relative to the best token"),
-    Row(
-        "repetition_penalty",
-        BOTH,
-        "1",
-        Number(*RANGES["repetition_penalty"], above=True),
-        "up to {maximum}, on prompt and generated tokens",
-    ),
+    Row("repetition_penalty", BOTH, "1", REPETITION, "up to {maximum}, on prompt and generated tokens"),
     Row("ignore_eos", BOTH, "false", BOOLEAN, "EOS does not end the answer"),
     Row("min_tokens", BOTH, "0", Integer(0, MAX_INTEGER), "until then nothing but max_tokens ends it"),
     Row("stop_token_ids", BOTH, "none", TokenIds(), "up to {maxItems} ids that end it"),

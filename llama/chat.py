@@ -4,9 +4,8 @@
     the last turn       BOS  [INST] user [/INST]
     a system message    folded into the first user text, with the tags <<SYS>> and <</SYS>> on lines of their own
 
-Every turn is encoded on its own, as plain text, and BOS and EOS are put in as ids: no content can forge a control
-token. It could still spell the tags of the format itself, which is why those are refused unless the operator lets
-them through.
+Every turn is encoded on its own, as plain text, so no content can forge BOS or EOS. Content that spells the format's
+tags is refused, unless the operator lets it through.
 Source: meta-llama/llama, `generation.py`; the tests compare with ids that this code gave.
 """
 

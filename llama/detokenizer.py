@@ -1,9 +1,7 @@
 """Ids to text, piece by piece, for one sequence: whole characters, and nothing that a stop string may still take back.
 
-The text that `push` and `finish` return, joined, is what SentencePiece decodes from all the ids at once, cut before
-the first stop string. Two things are kept back on the way: up to three bytes that may still become a character, and
-the longest tail of the text that may still become a stop string.
-The module knows nothing of EOS, limits or logprobs: whether the sequence ends is decided by who pushes.
+The returned texts, joined, are what SentencePiece decodes from all ids at once, cut before the first stop string. Up
+to three bytes that may become a character are kept back, and the longest tail that may become a stop string.
 """
 
 from __future__ import annotations
@@ -17,21 +15,19 @@ REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
-    """The text side of one sequence. Not thread-safe; one owner pushes.
+    """The text of one sequence. Not thread-safe.
 
-    skip_first_mark: the text has not begun, so its first word mark is dropped. True for a chat answer, which is
-    decoded on its own; `vocabulary.is_blank(prompt_ids)` for a completion, whose text begins with the prompt.
-    stop: strings that end the text, none of them empty.
+    skip_first_mark: drop the first word mark. True for a chat answer, which is decoded on its own;
+    `vocabulary.is_blank(prompt_ids)` for a completion. stop: strings that end the text, none of them empty.
 
-    Counts are in characters of the generated text:
+    In characters of the generated text:
     length    decoded so far, held back or not; after a stop string or `finish`, the length of the final text
     released  returned so far
     offset    where the text of the last pushed id begins; never goes back, the same for ids that share a character
-    stopped   a stop string was found: the text is complete, nothing more may be pushed
-    at_start  the text has still not begun: the next id's word mark will be dropped
+    stopped   a stop string was found; nothing more may be pushed
+    at_start  the next id's word mark will be dropped
 
-    A held id may turn out to lie beyond the cut. So the offset to report is min(offset, length), and it is final as
-    soon as `released` has reached `offset`, or the sequence has ended.
+    The offset to report is min(offset, length). It is final when `released` reaches it, or the sequence has ended.
     """
 
     def __init__(self, vocabulary: Vocabulary, *, skip_first_mark: bool, stop: tuple[str, ...] = ()) -> None:
@@ -125,8 +121,7 @@ class Detokenizer:
 def take_characters(data: bytes) -> tuple[str, bytes]:
     """The characters of `data`, and the tail of at most 3 bytes that may still become one.
 
-    A byte that cannot be part of a character gives one U+FFFD by itself, as in SentencePiece; Python's own "replace"
-    gives one per run.
+    A byte that cannot be part of a character gives one U+FFFD, as in SentencePiece; Python's "replace" gives one a run.
     """
     text = ""
     while True:

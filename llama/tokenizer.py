@@ -1,10 +1,7 @@
 """Text to token ids and back, through SentencePiece.
 
-Text is always plain text here: whatever a caller writes, `encode` never gives the control ids (BOS, EOS). Control
-tokens come from code that means them: `encode_prompt`, which cuts the string at `<s>` and `</s>` first, and
-`llama.chat`.
-The module knows nothing of chat formats, of streams, or of the model. Nothing changes after loading, so any number of
-threads may share one `Tokenizer`.
+`encode` never gives control ids (BOS, EOS), whatever the text says. They come from `encode_prompt`, which cuts a
+string at `<s>` and `</s>` first, and from `llama.chat`.
 """
 
 from __future__ import annotations
@@ -23,10 +20,9 @@ WORD_MARK = "\u2581"  # how SentencePiece writes the space inside its pieces
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What each id stands for; tuples are indexed by id. Built once per tokenizer, shared by all of its detokenizers.
+    """What each id stands for; tuples are indexed by id. All detokenizers of a tokenizer share it.
 
-    SentencePiece puts a word mark before every text and takes it off again. So a piece has two texts: `first_texts`
-    where the text has still not begun, `texts` everywhere else.
+    SentencePiece puts a word mark before every text and takes it off again, hence `first_texts`, for a text's first.
     """
 
     names: tuple[str, ...]  # token strings, unique in the vocabulary
@@ -99,10 +95,9 @@ class Tokenizer:
     ) -> list[int]:
         """Ids of a completions prompt.
 
-        add_special_tokens: one BOS in front; a parsed `<s>` that leads the text is that BOS, so there are never two.
+        add_special_tokens: one BOS in front; a parsed `<s>` that leads the text is that BOS.
         parse_special: `<s>` and `</s>` are control ids, and each stretch between them is encoded on its own.
-        max_tokens: what the context holds; a text that cannot fit is refused before any time goes into it.
-        Raises InvalidRequest naming `field` for a lone surrogate, ContextLengthExceeded for a text that cannot fit.
+        Raises InvalidRequest naming `field` for a lone surrogate, ContextLengthExceeded beyond max_tokens.
         """
         if max_tokens is not None:
             self.check_can_fit(len(text), max_tokens)
@@ -134,13 +129,6 @@ class Tokenizer:
     def token_string(self, token_id: int) -> str:
         r"""The id's name, unique in the vocabulary: the piece with its word mark as a space, `bytes:\xe4`, `<s>`."""
         return self.vocabulary.names[token_id]
-
-    def token_bytes(self, token_id: int, first: bool = False) -> bytes | None:
-        """The bytes that the id adds to a text; `first`: to one that has not begun, so a word mark is dropped.
-
-        None for control ids, which add nothing. The unknown piece adds SentencePiece's surface for it.
-        """
-        return self.vocabulary.piece_bytes(token_id, first)
 
 
 def check_text(text: str, field: str) -> None:

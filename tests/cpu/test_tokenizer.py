@@ -120,23 +120,23 @@ def test_stretches_between_control_tokens_are_encoded_alone(tiny_tokenizer: Toke
 def test_token_strings_and_bytes(tiny_tokenizer: Tokenizer) -> None:
     t = tiny_tokenizer
     [engine] = [i for i in range(400) if t.token_string(i) == " engine"]
-    assert t.token_bytes(engine) == b" engine"
-    assert t.token_bytes(engine, first=True) == b"engine"
+    assert t.vocabulary.piece_bytes(engine) == b" engine"
+    assert t.vocabulary.piece_bytes(engine, first=True) == b"engine"
     byte = 3 + 0xE4
-    assert (t.token_string(byte), t.token_bytes(byte), t.token_bytes(byte, first=True)) == (
+    assert (t.token_string(byte), t.vocabulary.piece_bytes(byte), t.vocabulary.piece_bytes(byte, first=True)) == (
         "bytes:\\xe4",
         b"\xe4",
         b"\xe4",
     )
     assert [t.token_string(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
-    assert [t.token_bytes(i) for i in (1, 2)] == [None, None]
-    assert t.token_bytes(0) == t.token_bytes(0, first=True) == t.decode([0]).encode()
+    assert [t.vocabulary.piece_bytes(i) for i in (1, 2)] == [None, None]
+    assert t.vocabulary.piece_bytes(0) == t.vocabulary.piece_bytes(0, first=True) == t.decode([0]).encode()
 
 
 def test_joined_token_bytes_are_the_text(tiny_tokenizer: Tokenizer) -> None:
     for text in ("the engine, 128 Fragen?", " two  spaces ", "schläft 你好 😀", ""):
         ids = tiny_tokenizer.encode(text)
-        parts = [tiny_tokenizer.token_bytes(token_id, first=i == 0) or b"" for i, token_id in enumerate(ids)]
+        parts = [tiny_tokenizer.vocabulary.piece_bytes(token_id, first=i == 0) or b"" for i, token_id in enumerate(ids)]
         assert b"".join(parts).decode() == text
 
 
