@@ -24,16 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from llama.errors import (
-    ChatFormatError,
-    ContextLengthExceeded,
-    EngineClosed,
-    EngineDead,
-    EngineError,
-    InvalidRequest,
-    RequestFailed,
-    SlotsFull,
-)
+from llama import errors as engine_errors
 
 # What `retry_after` may be, in seconds. Clients give up, or do not listen, above a minute.
 SOON, MAX_RETRY_AFTER = 0.05, 60.0
@@ -174,25 +165,25 @@ def no_such_model(name: object) -> NotFoundError:
     return NotFoundError(f"The model {shorten(name)} does not exist.", param="model")
 
 
-def from_engine(error: EngineError, prompt_field: str = "prompt") -> APIError:
+def from_engine(error: engine_errors.EngineError, prompt_field: str = "prompt") -> APIError:
     """This interface's error for one of the engine's. prompt_field: the request's own, "messages" or "prompt"."""
-    if isinstance(error, ContextLengthExceeded):
+    if isinstance(error, engine_errors.ContextLengthExceeded):
         text = str(error).partition(": ")[2]
         message = f"{text[:1].upper()}{text[1:]}. Please shorten the {prompt_field}."
         return BadRequestError(message, param=prompt_field, code="context_length_exceeded")
-    if isinstance(error, ChatFormatError) and error.field.endswith(".content"):
+    if isinstance(error, engine_errors.ChatFormatError) and error.field.endswith(".content"):
         message = f"'{error.field}' holds {shorten(error.value)}: {error.limit}."
         return BadRequestError(message, param=error.field, code="special_tags")
-    if isinstance(error, InvalidRequest):
+    if isinstance(error, engine_errors.InvalidRequest):
         return bad_value(error.field, error.value, error.limit)
-    if isinstance(error, SlotsFull):
+    if isinstance(error, engine_errors.SlotsFull):
         message = f"All {error.limit} slots are taken by requests in flight. Please try again later."
         return RateLimitError(message, retry_after=min(max(error.retry_after, SOON), MAX_RETRY_AFTER))
-    if isinstance(error, RequestFailed):
+    if isinstance(error, engine_errors.RequestFailed):
         return InternalServerError("This request failed while it ran; others were not touched.", code=error.reason)
-    if isinstance(error, EngineClosed):
+    if isinstance(error, engine_errors.EngineClosed):
         return ServiceUnavailableError("The model is shutting down.", code="shutting_down")
-    if isinstance(error, EngineDead):
+    if isinstance(error, engine_errors.EngineDead):
         return ServiceUnavailableError("The engine has stopped on an internal error.", code="engine_failed")
     return InternalServerError("An internal error occurred.")
 
@@ -202,7 +193,7 @@ def translated(prompt_field: str = "prompt") -> Iterator[None]:
     """Raise this interface's errors for the engine's; what the engine said stays in `__cause__`."""
     try:
         yield
-    except EngineError as error:
+    except engine_errors.EngineError as error:
         raise from_engine(error, prompt_field) from error
 
 

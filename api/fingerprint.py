@@ -1,8 +1,8 @@
 """`system_fingerprint`: a name for everything that decides which tokens a request gets, but the request itself.
 
-It covers weights, configuration, tokenizer, dtype, device, the sources of this project with their tile tables, and the
-versions of the libraries that compute. Equal fingerprint, request and seed: equal tokens. With `batch_invariant=False`
-the last bits may depend on what else is running; nothing is promised, and the name begins with "fpx_".
+It covers weights, configuration, tokenizer, dtype, device, this project's sources and tile tables, and the versions of
+the libraries that compute. Equal fingerprint, request and seed: equal tokens. "fpx_" promises nothing, since bits may
+depend on what else is running (`batch_invariant=False`).
 """
 
 from __future__ import annotations

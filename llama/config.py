@@ -231,8 +231,7 @@ class EngineConfig:
     cuda_graphs: replay decodes and short prompts as CUDA graphs; nothing on the CPU. Default on.
     compile: on the CPU, decodes and short prompts by layers that torch.compile made; not with batch_invariant or
         async_scheduling. Takes twice the memory of the weights, a C++ compiler, and time at the start. Default off.
-    async_scheduling: launch a step before the one before it is read; None: on for CUDA, off for the CPU, which gains
-        nothing by it.
+    async_scheduling: launch a step before the last one is read; None: on for CUDA, off for the CPU, which gains none.
     threads: CPU threads of one operation; None: torch's own number, and one in very small steps.
     """
 

@@ -1,7 +1,6 @@
 """`Stream`: the caller's end of one request, an iterator of `Delta`s for threads and for event loops.
 
-The engine thread never waits for a reader. A stream nobody reads is bounded by the request's max_tokens. Closing it, or
-dropping it, aborts the request.
+The engine thread never waits for a reader; max_tokens bounds what nobody reads. Closing or dropping it is an abort.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tensors as bytes in files: where they lie, how rows of them are read, and the safetensors header.
 
-A file is opened once and read with pread, never mapped: one that is cut meanwhile is a `LoadError`, not a bus error.
+A file is read with pread, never mapped: one that is cut meanwhile is a `LoadError`, not a bus error.
 """
 
 from __future__ import annotations

@@ -13,13 +13,6 @@ from api.errors import APITimeoutError as Timeout
 from api.errors import PermissionDeniedError as PermissionError
 
 __all__ = [
-    "APIConnectionError",
-    "APIError",
-    "AuthenticationError",
-    "InvalidRequestError",
-    "OpenAIError",
-    "PermissionError",
-    "RateLimitError",
-    "ServiceUnavailableError",
-    "Timeout",
-]
+    "OpenAIError", "APIError", "APIConnectionError", "Timeout", "InvalidRequestError", "AuthenticationError",
+    "PermissionError", "RateLimitError", "ServiceUnavailableError",
+]  # fmt: skip

@@ -1,7 +1,6 @@
 """`OneRow`: decode steps of one sequence on the CPU, with a few layers at a time compiled into one function.
 
-Such a step takes as long as its weights take to read. Inductor's loops read them at the speed of memory, oneDNN's
-multiply does not.
+Such a step takes as long as reading its weights. Inductor's loops read at memory's speed, oneDNN's multiply does not.
 """
 
 from __future__ import annotations
