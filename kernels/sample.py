@@ -114,7 +114,7 @@ def token_logprobs_kernel(logits_ptr, token_ptr, chosen_ptr, top_ids_ptr, top_pt
         top = tl.max(x, 0)
         # In a row of NaN nothing equals top; any valid id will do.
         top_id = tl.minimum(tl.min(tl.where(x == top, ids, BLOCK), 0), V - 1)
-        x = tl.where(ids == top_id, float("nan"), x)  # which tl.max skips
+        x = tl.where(ids == top_id, float("nan"), x)  # tl.max skips NaN
         tl.store(top_ids_ptr + row * n_top + rank, top_id.to(tl.int64))
         tl.store(top_ptr + row * n_top + rank, top - best - log_total)
 

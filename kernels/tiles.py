@@ -91,11 +91,10 @@ def write_cards(cards: dict[int, Card], path: Path) -> None:
 
 
 def _card(entry: dict[str, Any]) -> Card:
-    few = (FewRows(e["rows"], MatmulTile(**e["narrow"]), MatmulTile(**e["wide"])) for e in entry["few_rows"])
-    tiles: dict[str, Any] = {"few_rows": tuple(few)}
-    tiles |= {name: MatmulTile(**entry[name]) for name in ("many_rows", "many_rows_wide", "matmul_fp32")}
-    tiles |= {name: AttentionTile(**entry[name]) for name in ("prefill", "decode", "attention_fp32")}
-    return Card(**{**entry, **tiles})
+    few = tuple(FewRows(e["rows"], MatmulTile(**e["narrow"]), MatmulTile(**e["wide"])) for e in entry["few_rows"])
+    matmul = {name: MatmulTile(**entry[name]) for name in ("many_rows", "many_rows_wide", "matmul_fp32")}
+    attention = {name: AttentionTile(**entry[name]) for name in ("prefill", "decode", "attention_fp32")}
+    return Card(**{**entry, **matmul, **attention, "few_rows": few})
 
 
 _CARDS = read_cards(TABLE)
