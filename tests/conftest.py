@@ -7,10 +7,17 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import sentencepiece
 
 from llama.tokenizer import Tokenizer
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile(
+    "unhurried", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("unhurried")
 
 # The one place that knows where the shared data lies: beside the project, or where LLAMA_TEST_DATA says.
 DATA_FOLDER = Path(os.environ.get("LLAMA_TEST_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data")

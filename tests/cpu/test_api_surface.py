@@ -75,7 +75,9 @@ def test_an_embedding_program_loads_nothing_of_the_server() -> None:
 def test_no_global_state_but_the_default_client() -> None:
     modules = [module for name, module in sys.modules.items() if name == "api" or name.startswith("api.")]
     constants = {
+        "api.arguments.RANGES",
         "api.arguments.TABLE",
+        "api.request.TABLE",
         "api.http.app.PAGE_HEADERS",
         "api.http.app.PATHS",
         "api.http.middleware.ENDPOINTS",
