@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api import playground
 from api.body import parse_object
 from api.errors import (
     APIError,
@@ -36,7 +37,7 @@ access_log = logging.getLogger("api.access")
 log = logging.getLogger("api.server")
 
 # Paths that need no key: nothing they show is worth one.
-OPEN = {"/": "playground", "/health": "health", "/ready": "ready"}
+OPEN = dict.fromkeys(playground.FILES, "playground") | {"/health": "health", "/ready": "ready"}
 ENDPOINTS = OPEN | {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",

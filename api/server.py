@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route, Router
 
+from api import playground
 from api.checks import missing
 from api.client import AsyncClient
 from api.edge import AWAY, LOOPBACK, Edge, Gate, Keys, read_object
@@ -29,14 +29,6 @@ from api.schema import Object
 from api.served import Served
 from api.visit import EdgeLimits, Visit
 from llama.slots import Seat
-
-PLAYGROUND = Path(__file__).parent / "playground.html"
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 
 
 class Server:
@@ -126,7 +118,7 @@ class Server:
             Route("/health", self._health, methods=["GET"]),
             Route("/ready", self._ready, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
-            Route("/", self._playground, methods=["GET"]),
+            *playground.routes(),
         ]
         return Router(routes, redirect_slashes=False)
 
@@ -196,9 +188,6 @@ class Server:
     async def _metrics(self, request: Request) -> Response:
         served = [] if self.client is None else self.client._models.all()
         return Response(self.metrics.render(served), media_type=Metrics.media_type)
-
-    async def _playground(self, request: Request) -> Response:
-        return FileResponse(PLAYGROUND, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
 
 def _json(made: Object) -> Response:

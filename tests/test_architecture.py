@@ -63,6 +63,7 @@ API = [
     "api.quota",
     "api.metrics",
     "api.openapi",
+    "api.playground",
     "api.edge",
     "api.generate",
     "api.server",

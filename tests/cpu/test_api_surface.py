@@ -76,7 +76,9 @@ def test_no_global_state_but_the_default_client() -> None:
         "api.openapi.REFUSALS",
         "api.openapi.TABLE",
         "api.openapi.TEXT",
-        "api.server.PAGE_HEADERS",
+        "api.playground.FILES",
+        "api.playground.HEADERS",
+        "api.playground.KINDS",
     }
     mutable = {
         f"{module.__name__}.{name}"
