@@ -224,6 +224,7 @@ at("clear").addEventListener("click", () => {
   conversation = fresh();
   at("talk").replaceChildren();
   at("numbers").textContent = "";
+  openSheet(null);
   reflect();
 });
 at("talk").addEventListener("scroll", () => {

@@ -11,7 +11,7 @@ export class Markdown {
   constructor(element) {
     this.element = element;
     this.blocks = [];
-    this.links = 0;
+    this.links = "";
   }
 
   show(text) {
@@ -30,14 +30,14 @@ export class Markdown {
   }
 }
 
-// The blocks of a text, and the number of links that it defines.
+// The blocks of a text, and the links that it defines, as one string.
 function parse(text) {
   try {
     const tokens = lexer(text, { gfm: true, breaks: true });
-    return [tokens.filter(token => token.type !== "space" && token.type !== "def"), Object.keys(tokens.links).length];
+    return [tokens.filter(token => token.type !== "space" && token.type !== "def"), JSON.stringify(tokens.links)];
   } catch (error) {
     if (!(error instanceof RangeError)) throw error; // it is nested deeper than the stack of the parser
-    return [[{ type: "html", block: true, raw: text }], 0];
+    return [[{ type: "html", block: true, raw: text }], ""];
   }
 }
 
