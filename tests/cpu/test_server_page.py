@@ -219,6 +219,20 @@ def test_an_answer_of_an_old_conversation_does_not_end_the_new_one(page: Any, se
         sync_api.expect(page.locator(".note")).to_contain_text("Stopped by you.")
 
 
+def test_a_new_conversation_before_the_first_word(page: Any, served: Serving) -> None:
+    """The dropped question does not come back, as one does that got no answer."""
+    with written(served, "On and on.", pause=0.5):
+        with page.expect_event("requestfailed"):
+            say(page, "The first.")
+            page.locator(".answer").wait_for()
+            page.click("#clear")
+        assert page.input_value("#text") == ""
+        say(page, "The second.")
+        sync_api.expect(page.locator("#stop")).to_be_enabled()
+        sync_api.expect(page.locator(".assistant")).to_have_text("On and on.")
+    sync_api.expect(page.locator("#talk > *")).to_have_count(2)
+
+
 def test_a_cut_answer_says_so(page: Any, served: Serving) -> None:
     page.fill("#max_tokens", "4")
     with written(served, "On and on. " * 900):
@@ -468,7 +482,7 @@ def test_a_wide_table_scrolls_by_itself_on_a_phone(phone: Any, served: Serving) 
         phone.fill("#text", "A table, please.")
         phone.tap("#send")
         phone.locator(".note").wait_for()
-    assert phone.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert phone.evaluate("(talk => talk.scrollWidth <= talk.clientWidth)(document.getElementById('talk'))")
     assert phone.evaluate("(([t]) => t.scrollWidth > t.clientWidth)(document.querySelectorAll('.scroll'))")
 
 
