@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -327,8 +328,6 @@ def test_markdown(page: Any, served: Serving) -> None:
     sync_api.expect(page.locator(".note button")).to_have_text("Copied")
     assert page.evaluate("navigator.clipboard.readText()") == MARKDOWN
     sync_api.expect(page.locator(".note button")).to_have_text("Copy")
-    if picture := os.environ.get("PLAYGROUND_PICTURE"):
-        page.screenshot(path=picture)
 
 
 def test_a_page_without_tls_can_copy(page: Any, served: Serving) -> None:
@@ -484,6 +483,38 @@ def test_a_wide_table_scrolls_by_itself_on_a_phone(phone: Any, served: Serving) 
         phone.locator(".note").wait_for()
     assert phone.evaluate("(talk => talk.scrollWidth <= talk.clientWidth)(document.getElementById('talk'))")
     assert phone.evaluate("(([t]) => t.scrollWidth > t.clientWidth)(document.querySelectorAll('.scroll'))")
+
+
+# --- the picture -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif("PLAYGROUND_PICTURE" not in os.environ, reason="takes the documentation's picture")
+def test_the_picture(browser: Any) -> None:
+    """The demo's own answers, while others ask for up to 400 tokens at a time, more and more of them."""
+    done = threading.Event()
+
+    def others(port: int, number: int) -> None:
+        body = {"model": "demo", "prompt": "Once " * 20 * number, "max_tokens": 40 * number, "ignore_eos": True}
+        while not done.wait(5.0 * number % 7):
+            ask(port, post("/v1/completions", body))
+
+    with serving(api.AsyncClient("demo", slots=30), slots=30) as running:
+        threads = [threading.Thread(target=others, args=(running.port, number)) for number in range(1, 11)]
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page.goto(running.url)
+        page.fill("#temperature", "0")
+        questions = ("Hello! What are you?", "What is a slot?", "Can other requests change my answer?")
+        for question, more in zip(questions, (threads[:3], threads[3:6], threads[6:]), strict=True):
+            say(page, question)
+            page.locator(".answer:last-child .note").wait_for()
+            for thread in more:
+                thread.start()
+            time.sleep(18)
+        page.screenshot(path=os.environ["PLAYGROUND_PICTURE"])
+        done.set()
+        for thread in threads:
+            thread.join()
+        page.close()
 
 
 # --- between the page and the server ---------------------------------------------------------------------------------
