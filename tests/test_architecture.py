@@ -86,6 +86,7 @@ API = [
     "api.http.retry_after",
     "api.http.metrics",
     "api.http.openapi",
+    "api.http.playground",
     "api.http.middleware",
     "api.http.completions",
     "api.http.app",

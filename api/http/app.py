@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
@@ -21,6 +20,7 @@ import llama
 from api.checks import missing
 from api.client import AsyncClient
 from api.errors import NotFoundError, RateLimitError, ServiceUnavailableError, bad_type, translated
+from api.http import playground
 from api.http.completions import Completions
 from api.http.limits import HttpLimits
 from api.http.metrics import Metrics
@@ -31,14 +31,6 @@ from api.http.retry_after import RetryAfter
 from api.models import ServedModel
 from api.schema import Object
 from llama.slots import Seat, Slots
-
-PLAYGROUND = Path(__file__).parent / "playground.html"
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 
 
 class App:
@@ -136,7 +128,7 @@ class App:
             Route("/health", self._health, methods=["GET"]),
             Route("/ready", self._ready, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
-            Route("/", self._playground, methods=["GET"]),
+            *playground.routes(),
         ]
         return Router(routes, redirect_slashes=False)
 
@@ -197,9 +189,6 @@ class App:
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.render(self._models()), media_type=Metrics.media_type)
-
-    async def _playground(self, request: Request) -> Response:
-        return FileResponse(PLAYGROUND, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
 
 def _json(body: Object | dict[str, Any], status: int = 200) -> Response:

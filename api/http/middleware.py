@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import errors
 from api.errors import APIStatusError
+from api.http import playground
 from api.http.json_body import parse_object
 from api.http.limits import HttpLimits
 from api.http.request_log import RequestLog
@@ -31,8 +32,8 @@ from api.http.request_log import RequestLog
 access_log = logging.getLogger("api.access")
 log = logging.getLogger("api.server")
 
-# Paths that need no key.
-OPEN = {"/": "playground", "/health": "health", "/ready": "ready"}
+# Paths that need no key: nothing they show is worth one.
+OPEN = dict.fromkeys(playground.FILES, "playground") | {"/health": "health", "/ready": "ready"}
 ENDPOINTS = OPEN | {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",

@@ -78,7 +78,6 @@ def test_no_global_state_but_the_default_client() -> None:
         "api.arguments.RANGES",
         "api.arguments.TABLE",
         "api.request.TABLE",
-        "api.http.app.PAGE_HEADERS",
         "api.http.app.PATHS",
         "api.http.middleware.ENDPOINTS",
         "api.http.middleware.OPEN",
@@ -88,6 +87,9 @@ def test_no_global_state_but_the_default_client() -> None:
         "api.http.openapi.TABLE",
         "api.http.openapi.TEXT",
         "api.http.openapi.TEXT_OR_NULL",
+        "api.http.playground.FILES",
+        "api.http.playground.HEADERS",
+        "api.http.playground.KINDS",
         "api.http.uvicorn_server.REFUSALS",
     }
     mutable = {
