@@ -16,7 +16,9 @@ _ALIGN = 16  # bytes; Triton compiles anew for pointers of another alignment
 
 
 def to_device(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
-    """As `kernels.to_device`; the CPU is for Triton's interpreter."""
+    """As `kernels.to_device`; CPU tensors are for Triton's interpreter."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
     # torch does not use the pinned buffer again before the copy out of it has been made.
     return unpack(pack(arrays, pin_memory=device.type == "cuda").to(device, non_blocking=True), arrays)
 
