@@ -70,7 +70,8 @@ class Engine:
     """Loads a model and serves it until `close()`, the end of the `with` block, or the end of the process.
 
     model: a checkpoint folder, "demo" for the one that ships with the project, or a ModelConfig for random weights of
-    that shape, which has no tokenizer. max_seq_len: the context that is served, in tokens.
+    that shape, which has no tokenizer: prompts are token ids. limits: what one request may ask. max_seq_len: the
+    context that is served, in tokens. The memory plan is logged before anything is allocated.
     Raises ConfigError, LoadError, CheckpointError, TokenizerError.
     """
 

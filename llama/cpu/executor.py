@@ -18,8 +18,10 @@ log = logging.getLogger("llama")
 
 
 class CompiledExecutor:
-    """Runs the steps that `form` serves until one fails, as compiling again may after a reset of the compiler by others
-    in the process. That step and later ones run operator by operator."""
+    """Runs the steps that `form` serves until one fails; that step and later ones run operator by operator.
+
+    Others in the process may reset the compiler. Then functions are compiled again, which may fail.
+    """
 
     def __init__(self, form: OneRow | ManyRows, plain: PlainExecutor) -> None:
         self.form, self.plain, self.failed = form, plain, False
