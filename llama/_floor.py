@@ -1,7 +1,7 @@
 """Imported first: refuses to go on where another distribution's package stands in the place of the floor below.
 
 pip installs others' `kernels`, `llama` and `api` over ours without a word. Ours carry a mark, which is read before
-anything of them runs. No floor can take this check from the floor that it doubts, so each has the same copy.
+anything of them runs. The floors above read this file by its path: `llama` itself may be another's.
 """
 
 from __future__ import annotations

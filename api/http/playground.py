@@ -1,8 +1,7 @@
 """The playground: a page to try the models with, made of the files in `page/`.
 
 Its scripts come from this server alone, and Trusted Types forbid them to turn text into HTML. So nothing that a model
-writes can become code. `marked.js` is marked 18.2.1, unchanged, from https://github.com/markedjs/marked
-(`marked.LICENSE`: MIT, and BSD for Markdown itself).
+writes can become code. `marked.js` is marked 18.2.1, unchanged (`marked.LICENSE`).
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 FOLDER = Path(__file__).parent / "page"
-PAGE = "playground.html"
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -24,7 +22,9 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 # The file behind each path. The paths are known beforehand: a request cannot name any other file.
-FILES = {"/": PAGE} | {f"/page/{path.name}": path.name for path in FOLDER.iterdir() if path.suffix in (".css", ".js")}
+FILES = {"/": "playground.html"} | {
+    f"/page/{path.name}": path.name for path in FOLDER.iterdir() if path.suffix in (".css", ".js")
+}
 
 
 def routes() -> list[Route]:

@@ -18,10 +18,7 @@ log = logging.getLogger("llama")
 
 
 class CompiledExecutor:
-    """Runs the steps that `form` serves until one fails; that step and later ones run operator by operator.
-
-    Others in the process may reset the compiler. Then functions are compiled again, which may fail.
-    """
+    """Runs the steps that `form` serves until one fails, as it may when others reset the compiler; later ones run plain."""
 
     def __init__(self, form: OneRow | ManyRows, plain: PlainExecutor) -> None:
         self.form, self.plain, self.failed = form, plain, False

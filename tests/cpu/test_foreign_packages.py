@@ -105,10 +105,12 @@ def test_ours_installed_over_theirs(tmp_path: Path) -> None:
     assert said.startswith(str(tmp_path)) and said.endswith("False\n")
 
 
-def test_the_copies_of_the_check_are_equal() -> None:
-    copies = [path for folder in (*PACKAGES, "scripts") for path in (ROOT / folder).rglob("_floor.py")]
-    assert len(copies) >= 2
-    assert len({path.read_text() for path in copies}) == 1
+def test_the_commands_refuse_their_api(site: Path) -> None:
+    shutil.copytree(ROOT / "scripts" / "llama_slots", site / "llama_slots")
+    assert run("import llama_slots.command as command\nprint(command.DISTRIBUTION)", site) == "llama-slots\n"
+    install_foreign(site, "api")
+    said = run(FAILS.format(module="llama_slots.command"), site)
+    assert "needs its own package 'api'" in said and "pip uninstall their_api" in said
 
 
 def test_version_and_types(site: Path) -> None:
