@@ -22,9 +22,7 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 # The file behind each path. The paths are known beforehand: a request cannot name any other file.
-FILES = {"/": "playground.html"} | {
-    f"/page/{path.name}": path.name for path in FOLDER.iterdir() if path.suffix in (".css", ".js")
-}
+FILES = {"/": "playground.html"} | {f"/page/{path.name}": path.name for path in FOLDER.glob("*.[cj]s*")}
 
 
 def routes() -> list[Route]:

@@ -18,7 +18,7 @@ log = logging.getLogger("llama")
 
 
 class CompiledExecutor:
-    """Runs the steps that `form` serves until one fails, as it may when others reset the compiler; later ones run plain."""
+    """Runs the steps that `form` serves until one fails, which others can cause who reset the compiler; then plain."""
 
     def __init__(self, form: OneRow | ManyRows, plain: PlainExecutor) -> None:
         self.form, self.plain, self.failed = form, plain, False
