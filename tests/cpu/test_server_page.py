@@ -81,13 +81,13 @@ def phone(served: Serving, browser: Any) -> Iterator[Any]:
 @contextmanager
 def written(served: Serving, text: str, pause: float = 0.0) -> Iterator[None]:
     """Every answer is this text, a token in `pause` seconds."""
-    assert served.server.client is not None
+    assert served.app.client is not None
     body = {"prompt": text, "add_special_tokens": False}
     tokens = ask(served.port, post("/tokenize", body, {"Authorization": "Bearer right"})).json["tokens"]
-    with scripted(served.server.client, lambda index, prompt: tokens) as script:
+    with scripted(served.app.client, lambda index, prompt: tokens) as script:
         script.gate = lambda: time.sleep(pause)
         yield
-        eventually(lambda: served.server.client.stats().running == 0)
+        eventually(lambda: served.app.client.stats().running == 0)
 
 
 def render(page: Any, *texts: str) -> str:
@@ -189,7 +189,7 @@ def test_no_free_slot_and_a_wrong_key(page: Any, served: Serving) -> None:
 
 
 def test_a_new_conversation_drops_the_answer_on_its_way(page: Any, served: Serving) -> None:
-    client = served.server.client
+    client = served.app.client
     assert client is not None
     with written(served, "On and on. " * 200, pause=0.02):
         say(page, "Go on for ever.")
