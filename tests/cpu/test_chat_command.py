@@ -69,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.path, dict(self.headers), body))
         fault = self.server.faults.pop(0) if self.server.faults else ""
         if fault == "full":
-            return self.reply(429, {"error": {"message": "all 30 slots are taken", "code": "slots_full"}})
+            return self.reply(429, {"error": {"message": "all 30 slots are taken", "code": "rate_limit_exceeded"}})
         if fault == "long":
             return self.reply(400, {"error": {"message": "too long", "code": "context_length_exceeded"}})
         if fault == "nonsense":
