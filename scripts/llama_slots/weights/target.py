@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,7 +108,11 @@ def _is_named(fd: int, name: str, parent: int) -> bool:
 
 def _refuse_link(path: Path) -> None:
     """What a link leads to is not ours to empty or to write. Raises WriteError."""
-    if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
+    try:
+        status = path.lstat()  # once: another run may remove the file at any moment
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink > 1):
         raise WriteError(f"{path}: is a link, which is not followed; remove it")
 
 
