@@ -142,7 +142,7 @@ BUGS = [
         "sample",
         "x / repetition, x * repetition",
         "x * repetition, x / repetition",
-        ("test_sample_kernels.py", "adjust"),
+        ("test_sample_kernels.py", "penalties"),
     ),
 ]
 
